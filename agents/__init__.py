@@ -1,0 +1,1 @@
+"""Who decides: controllers, the learned policy, training, evaluation, deployment."""

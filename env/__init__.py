@@ -1,0 +1,1 @@
+"""What a controller sees and pays: scenarios, state, cost, simulator, Gymnasium environment."""

@@ -1,0 +1,56 @@
+"""Every error the executor raises on purpose.
+
+SplitpilotError
+├── ConfigError        a setting, file or argument is wrong (commands exit with code 2)
+│   └── ProfileError   a profile is unreadable or belongs to another model
+├── HandshakeError     a node does not answer, or runs another model or other weights
+├── WireError          a frame that cannot be accepted, with the reason
+└── RequestError       one inference failed
+    ├── RequestRefused   a bound was reached (back-pressure); nothing was run
+    └── RequestTimeout   no answer before the request's deadline
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ConfigError",
+    "HandshakeError",
+    "ProfileError",
+    "RequestError",
+    "RequestRefused",
+    "RequestTimeout",
+    "SplitpilotError",
+    "WireError",
+]
+
+
+class SplitpilotError(Exception):
+    """Base of every error this project raises on purpose."""
+
+
+class ConfigError(SplitpilotError):
+    """A setting, file or argument is wrong; the message says what was expected and what came."""
+
+
+class ProfileError(ConfigError):
+    """A profile is unreadable, or belongs to another model or chain."""
+
+
+class HandshakeError(SplitpilotError):
+    """A node does not answer, or runs another model or other weights."""
+
+
+class WireError(SplitpilotError):
+    """A frame cannot be accepted; the message names the field and the reason."""
+
+
+class RequestError(SplitpilotError):
+    """One inference failed; the next one may work."""
+
+
+class RequestRefused(RequestError):
+    """A queue bound was reached; the request was not run."""
+
+
+class RequestTimeout(RequestError):
+    """No answer arrived before the request's deadline."""

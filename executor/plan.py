@@ -1,0 +1,163 @@
+"""Where a model may be cut, and where it is cut.
+
+A model is a chain of n units. Cut k (0..n) is the boundary before unit k: cut 0 is the model's
+input, cut n its output. A plan holds one cut per hop, not decreasing: for three nodes (i, j), the
+edge runs units [0, i), the fog [i, j), the cloud [j, n). An empty stage only relays; hops after
+the unit n has run are not crossed at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations_with_replacement, pairwise
+
+from executor.errors import ConfigError
+
+__all__ = ["ModelSpec", "Plan", "candidate_cuts", "candidate_plans", "is_constrained", "plan_mask"]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a plan needs to know about a model; no tensors, no timings.
+
+    Attributes:
+        name: The model's name, e.g. "alexnet".
+        unit_names: One name per unit, n in all.
+        cut_bytes: Bytes that cross at each cut, n + 1 values (cut 0 is the input).
+        has_params: Per unit, whether it holds parameters.
+        head_start: Index of the first unit of the classifier head (constrained plans run it on the
+            last node).
+        static_plan: The reference work's rough thirds (arXiv 2605.09623, tables), for three nodes.
+    """
+
+    name: str
+    unit_names: tuple[str, ...]
+    cut_bytes: tuple[int, ...]
+    has_params: tuple[bool, ...]
+    head_start: int
+    static_plan: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        n = len(self.unit_names)
+        if n < 1 or len(self.cut_bytes) != n + 1 or len(self.has_params) != n:
+            raise ConfigError(
+                f"model spec {self.name!r}: {n} units need {n + 1} cut sizes and {n} flags, got "
+                f"{len(self.cut_bytes)} and {len(self.has_params)}"
+            )
+        if min(self.cut_bytes) <= 0:
+            raise ConfigError(f"model spec {self.name!r}: cut sizes must be positive")
+        if not 0 < self.head_start < n:
+            raise ConfigError(f"model spec {self.name!r}: head_start must lie in 1..{n - 1}")
+
+    @property
+    def n_units(self) -> int:
+        """Number of units n."""
+        return len(self.unit_names)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cuts, one per hop, not decreasing.
+
+    Attributes:
+        cuts: Cut index per hop; N nodes have N - 1 of them.
+    """
+
+    cuts: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.cuts:
+            raise ConfigError("a plan needs at least one cut (two nodes), got none")
+        if self.cuts[0] < 0 or any(a > b for a, b in zip(self.cuts, self.cuts[1:], strict=False)):
+            raise ConfigError(f"plan cuts must be >= 0 and not decrease, got {self.cuts}")
+
+    def check(self, n_units: int, n_nodes: int) -> None:
+        """Raise ConfigError unless the plan fits a model of `n_units` on `n_nodes`."""
+        if len(self.cuts) != n_nodes - 1:
+            raise ConfigError(
+                f"plan {self} has {len(self.cuts)} cuts; a chain of {n_nodes} nodes needs "
+                f"{n_nodes - 1}"
+            )
+        if self.cuts[-1] > n_units:
+            raise ConfigError(f"plan {self}: cuts must lie in 0..{n_units}")
+
+    def stage(self, node: int, n_units: int) -> tuple[int, int]:
+        """Units [start, stop) that node `node` runs."""
+        start = self.cuts[node - 1] if node > 0 else 0
+        stop = self.cuts[node] if node < len(self.cuts) else n_units
+        return start, stop
+
+    def last_node(self, n_units: int) -> int:
+        """Index of the node that produces the output (the request goes no further)."""
+        return next((h for h, cut in enumerate(self.cuts) if cut >= n_units), len(self.cuts))
+
+    def __str__(self) -> str:
+        return "(" + ", ".join(map(str, self.cuts)) + ")"
+
+
+def candidate_cuts(spec: ModelSpec) -> tuple[int, ...]:
+    """Cuts worth offering, from `cut_bytes` alone (timings would change the action space).
+
+    A cut is dropped where it carries more than the input, or where a neighbour reached without
+    passing parametrised work carries no more bytes (of equals the last one stays: the
+    parameterless work before it is cheap where the parametrised work ran). Cuts 0 and n stay.
+    """
+    n = spec.n_units
+    kept = []
+    for k in range(n + 1):
+        if k in (0, n):
+            kept.append(k)
+            continue
+        if spec.cut_bytes[k] > spec.cut_bytes[0]:
+            continue
+        lo = k
+        while lo > 0 and not spec.has_params[lo - 1]:
+            lo -= 1
+        hi = k
+        while hi < n and not spec.has_params[hi]:
+            hi += 1
+        group = range(lo, hi + 1)
+        best = min(group, key=lambda c: (spec.cut_bytes[c], -c))
+        if best == k:
+            kept.append(k)
+    return tuple(kept)
+
+
+def is_constrained(plan: Plan, spec: ModelSpec) -> bool:
+    """Whether the plan obeys the reference's rule: no tier empty, head on the last node."""
+    bounds = (0, *plan.cuts)
+    no_empty = all(a < b for a, b in pairwise(bounds))
+    return no_empty and plan.cuts[-1] <= spec.head_start
+
+
+def candidate_plans(spec: ModelSpec, n_nodes: int = 3) -> tuple[Plan, ...]:
+    """All plans over the candidate cuts, in lexicographic order (the policy's action space)."""
+    if n_nodes < 2:
+        raise ConfigError(f"a chain needs at least 2 nodes, got {n_nodes}")
+    cuts = combinations_with_replacement(candidate_cuts(spec), n_nodes - 1)
+    return tuple(Plan(c) for c in cuts)
+
+
+def plan_mask(
+    plans: Sequence[Plan],
+    spec: ModelSpec,
+    *,
+    constrained: bool = False,
+    down: Iterable[int] = (),
+) -> tuple[bool, ...]:
+    """Which plans may be used now: the one mask of policy, runtime and solvers.
+
+    Args:
+        plans: The plans to judge.
+        spec: The model.
+        constrained: Apply the reference's rule (`is_constrained`).
+        down: Indices of nodes that do not answer; a plan that computes on or relays through one
+            is excluded.
+    """
+    out = set(down)
+    n = spec.n_units
+    return tuple(
+        (not constrained or is_constrained(p, spec)) and not any(d <= p.last_node(n) for d in out)
+        for p in plans
+    )

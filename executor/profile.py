@@ -1,0 +1,193 @@
+"""The profile: what the nodes and hops were measured to cost, on disk as JSON.
+
+A profile is written once at startup (`executor.profiler`) and read by the simulator, the solvers
+and the policy's encoder. Times are unloaded seconds; a loaded node is slower by 1 / (1 - load).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from executor.errors import ProfileError
+from executor.plan import ModelSpec
+
+__all__ = ["HopModel", "NodePower", "NodeProfile", "Profile", "write_atomic"]
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class NodePower:
+    """A device class's electrical power, in watts, and where the figures come from."""
+
+    device: str
+    idle_w: float
+    compute_w: float
+    transmit_w: float
+    source: str
+
+
+@dataclass(frozen=True)
+class NodeProfile:
+    """One node's measured cost.
+
+    Attributes:
+        name: Role, e.g. "edge".
+        unit_s: Unloaded seconds per unit, n values.
+        stage_overhead_s: Seconds per request that ran a stage here, beyond its units.
+        power: The device class's watts.
+        meter: Name of the energy meter behind the figures.
+    """
+
+    name: str
+    unit_s: tuple[float, ...]
+    stage_overhead_s: float
+    power: NodePower
+    meter: str
+
+
+@dataclass(frozen=True)
+class HopModel:
+    """One hop: transfer seconds of s bytes = frame_overhead_s + s / bytes_per_s + one way delay.
+
+    Attributes:
+        bytes_per_s: Bandwidth when it was probed.
+        rtt_s: Round-trip time of an empty frame (twice the one-way delay).
+        frame_overhead_s: Seconds per frame beyond bytes and propagation (framing, copies, relay).
+    """
+
+    bytes_per_s: float
+    rtt_s: float
+    frame_overhead_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The profile of a model on a chain of N nodes and N - 1 hops."""
+
+    spec: ModelSpec
+    nodes: tuple[NodeProfile, ...]
+    hops: tuple[HopModel, ...]
+    weights_digest: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.nodes) < 2 or len(self.hops) != len(self.nodes) - 1:
+            raise ProfileError(
+                f"a profile needs N >= 2 nodes and N - 1 hops, got {len(self.nodes)} and "
+                f"{len(self.hops)}"
+            )
+        for node in self.nodes:
+            if len(node.unit_s) != self.spec.n_units:
+                raise ProfileError(
+                    f"profile of {self.spec.name}: node {node.name} has {len(node.unit_s)} unit "
+                    f"times, expected {self.spec.n_units}"
+                )
+            if not all(np.isfinite(node.unit_s)) or min(node.unit_s) < 0:
+                raise ProfileError(f"node {node.name}: unit times must be finite and >= 0")
+        for hop in self.hops:
+            if not hop.bytes_per_s > 0:
+                raise ProfileError(f"hop bandwidth must be positive, got {hop.bytes_per_s} bytes/s")
+
+    @property
+    def n_nodes(self) -> int:
+        """Number of nodes N."""
+        return len(self.nodes)
+
+    def work_prefix_s(self) -> NDArray[np.float64]:
+        """Cumulative unit seconds, shape [N, n + 1]; a stage [a, b) costs prefix[b] - prefix[a]."""
+        unit_s = np.array([node.unit_s for node in self.nodes])
+        return np.concatenate([np.zeros((self.n_nodes, 1)), np.cumsum(unit_s, axis=1)], axis=1)
+
+    def cut_bytes(self) -> NDArray[np.float64]:
+        """Bytes at each cut, shape [n + 1]."""
+        return np.array(self.spec.cut_bytes, dtype=np.float64)
+
+    def with_changes(self, **changes: Any) -> Profile:
+        """A copy with the named fields replaced."""
+        return replace(self, **changes)
+
+    def shape_digest(self) -> str:
+        """Digest of what a checkpoint depends on: model, units, cut sizes, number of nodes."""
+        shape = [self.spec.name, self.spec.unit_names, self.spec.cut_bytes, self.n_nodes]
+        return hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:16]
+
+    def to_json(self) -> str:
+        """The profile as JSON text."""
+        return json.dumps({"version": FORMAT_VERSION, **asdict(self)}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "profile") -> Profile:
+        """Read a profile from JSON text.
+
+        Raises:
+            ProfileError: The text is no profile of this format; names `where` and the field.
+        """
+        try:
+            raw = json.loads(text)
+            if not isinstance(raw, dict) or raw.get("version") != FORMAT_VERSION:
+                raise ProfileError(f"{where}: expected profile format version {FORMAT_VERSION}")
+            spec = raw["spec"]
+            return cls(
+                spec=ModelSpec(
+                    name=str(spec["name"]),
+                    unit_names=tuple(map(str, spec["unit_names"])),
+                    cut_bytes=tuple(map(int, spec["cut_bytes"])),
+                    has_params=tuple(map(bool, spec["has_params"])),
+                    head_start=int(spec["head_start"]),
+                    static_plan=(int(spec["static_plan"][0]), int(spec["static_plan"][1])),
+                ),
+                nodes=tuple(
+                    NodeProfile(
+                        name=str(n["name"]),
+                        unit_s=tuple(map(float, n["unit_s"])),
+                        stage_overhead_s=float(n["stage_overhead_s"]),
+                        power=NodePower(**n["power"]),
+                        meter=str(n["meter"]),
+                    )
+                    for n in raw["nodes"]
+                ),
+                hops=tuple(HopModel(**h) for h in raw["hops"]),
+                weights_digest=str(raw["weights_digest"]),
+            )
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise ProfileError(f"{where}: not a readable profile ({error!r})") from error
+
+    def save(self, path: Path) -> None:
+        """Write to `path`, aside and then renamed."""
+        write_atomic(path, self.to_json().encode())
+
+    @classmethod
+    def load(cls, path: Path) -> Profile:
+        """Read from `path`.
+
+        Raises:
+            ProfileError: The file is missing or is no profile.
+        """
+        try:
+            text = Path(path).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ProfileError(f"cannot read profile {path}: {error}") from error
+        return cls.from_json(text, str(path))
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `data` beside `path` and rename it, so a reader never sees half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
