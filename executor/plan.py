@@ -101,7 +101,8 @@ def candidate_cuts(spec: ModelSpec) -> tuple[int, ...]:
 
     A cut is dropped where it carries more than the input, or where a neighbour reached without
     passing parametrised work carries no more bytes (of equals the last one stays: the
-    parameterless work before it is cheap where the parametrised work ran). Cuts 0 and n stay.
+    parameterless work before it is cheap where the parametrised work ran; but none past the head's
+    start, where a constrained plan may not cut). Cuts 0 and n stay.
     """
     n = spec.n_units
     kept = []
@@ -118,7 +119,7 @@ def candidate_cuts(spec: ModelSpec) -> tuple[int, ...]:
         while hi < n and not spec.has_params[hi]:
             hi += 1
         group = range(lo, hi + 1)
-        best = min(group, key=lambda c: (spec.cut_bytes[c], -c))
+        best = min(group, key=lambda c: (spec.cut_bytes[c], c > spec.head_start, -c))
         if best == k:
             kept.append(k)
     return tuple(kept)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from executor.errors import ProfileError
+from executor.errors import ConfigError, ProfileError
 from executor.plan import ModelSpec
 
 __all__ = ["HopModel", "NodePower", "NodeProfile", "Profile", "write_atomic"]
@@ -133,7 +133,7 @@ class Profile:
         try:
             raw = json.loads(text)
             if not isinstance(raw, dict) or raw.get("version") != FORMAT_VERSION:
-                raise ProfileError(f"{where}: expected profile format version {FORMAT_VERSION}")
+                raise ProfileError(f"expected profile format version {FORMAT_VERSION}")
             spec = raw["spec"]
             return cls(
                 spec=ModelSpec(
@@ -149,15 +149,26 @@ class Profile:
                         name=str(n["name"]),
                         unit_s=tuple(map(float, n["unit_s"])),
                         stage_overhead_s=float(n["stage_overhead_s"]),
-                        power=NodePower(**n["power"]),
+                        power=NodePower(
+                            device=str(n["power"]["device"]),
+                            idle_w=float(n["power"]["idle_w"]),
+                            compute_w=float(n["power"]["compute_w"]),
+                            transmit_w=float(n["power"]["transmit_w"]),
+                            source=str(n["power"]["source"]),
+                        ),
                         meter=str(n["meter"]),
                     )
                     for n in raw["nodes"]
                 ),
-                hops=tuple(HopModel(**h) for h in raw["hops"]),
+                hops=tuple(
+                    HopModel(**{field: float(value) for field, value in h.items()})
+                    for h in raw["hops"]
+                ),
                 weights_digest=str(raw["weights_digest"]),
             )
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except ConfigError as error:  # the parts judge themselves, and do not know the file
+            raise ProfileError(f"{where}: {error}") from error
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise ProfileError(f"{where}: not a readable profile ({error!r})") from error
 
     def save(self, path: Path) -> None:

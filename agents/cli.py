@@ -1,0 +1,85 @@
+"""What the commands share: arguments, one-line errors, progress bars."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from executor.errors import ConfigError, SplitpilotError
+
+__all__ = ["CHECKPOINTS", "Parser", "model_argument", "progress", "run_command"]
+
+CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, with exit code 2."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]  # it never returns
+        """Print the message and leave."""
+        print(f"{self.prog}: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def model_argument(name: str) -> str:
+    """An argument type: a known model's name."""
+    from executor.model import MODELS
+
+    if name not in MODELS:
+        raise argparse.ArgumentTypeError(
+            f"unknown model {name!r}; expected one of {', '.join(MODELS)}"
+        )
+    return name
+
+
+def positive_float(text: str) -> float:
+    """An argument type: a positive number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return value
+
+
+def positive_int(text: str) -> int:
+    """An argument type: a whole number of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def run_command(main: Callable[[], int]) -> int:
+    """Run a command; a bad setting is one line and exit code 2, Ctrl-C is 130."""
+    try:
+        return main()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except SplitpilotError as error:
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+@contextmanager
+def progress(console: Console | None = None) -> Iterator[Progress]:
+    """A progress display with a description, a bar, a note and the time taken."""
+    columns = (
+        TextColumn("{task.description:<34}"),
+        BarColumn(bar_width=30),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as bar:
+        yield bar

@@ -1,0 +1,225 @@
+"""Who decides: the controller protocol, the static arms, the queue-aware solver, the arms by name.
+
+A controller is asked once per interval for a plan for every environment of a batch. It sees the
+measured state and what the last interval returned, never the conditions to come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from env.predict import CostModel
+from env.state import SystemState, idle_probes
+from executor.errors import ConfigError
+from executor.plan import ModelSpec, Plan
+
+if TYPE_CHECKING:
+    from agents.runtime import Checkpoint
+    from env.system import StepResult
+
+__all__ = [
+    "ARMS",
+    "ArmContext",
+    "Controller",
+    "Decision",
+    "Solver",
+    "Static",
+    "cloud_only",
+    "edge_only",
+    "fog_only",
+    "make_arm",
+    "static_thirds",
+]
+
+F64 = NDArray[np.float64]
+I64 = NDArray[np.int64]
+
+
+@dataclass
+class Decision:
+    """What a controller wants for the coming interval.
+
+    Attributes:
+        cuts: [B, H] the plan of each environment.
+        probe_bytes: [B, H] size of the probe to send over each hop at the interval's start, 0 for
+            none; None for none anywhere.
+    """
+
+    cuts: I64
+    probe_bytes: F64 | None = None
+
+
+class Controller(Protocol):
+    """State in, plan out; batched over environments that share a model and a scenario."""
+
+    name: str
+
+    def reset(self, model: CostModel, batch: int) -> None:
+        """Forget everything and start on `batch` environments of `model`'s system."""
+        ...
+
+    def decide(self, state: SystemState, last: StepResult | None = None) -> Decision:
+        """The plans for the coming interval; `last` is what the one before returned, if any."""
+        ...
+
+
+def edge_only(spec: ModelSpec, n_nodes: int) -> Plan:
+    """Everything on the first node."""
+    return Plan((spec.n_units,) * (n_nodes - 1))
+
+
+def fog_only(spec: ModelSpec, n_nodes: int) -> Plan:
+    """Everything on the second node (of two: the last)."""
+    return Plan((0,) + (spec.n_units,) * (n_nodes - 2))
+
+
+def cloud_only(spec: ModelSpec, n_nodes: int) -> Plan:
+    """Everything on the last node."""
+    return Plan((0,) * (n_nodes - 1))
+
+
+def static_thirds(spec: ModelSpec, n_nodes: int) -> Plan:
+    """The reference's rough thirds (arXiv 2605.09623); other chains get equal shares of units.
+
+    The head stays on the last node in either case.
+    """
+    if n_nodes == 3:
+        return Plan(spec.static_plan)
+    shares = (round(spec.n_units * k / n_nodes) for k in range(1, n_nodes))
+    return Plan(tuple(min(cut, spec.head_start) for cut in shares))
+
+
+class Static:
+    """One plan for ever.
+
+    Args:
+        name: The arm's name.
+        plan: The plan, or one per environment as cuts of shape [B, H].
+    """
+
+    def __init__(self, name: str, plan: Plan | I64) -> None:
+        self.name = name
+        self._plan = plan
+
+    def reset(self, model: CostModel, batch: int) -> None:
+        """Check that the plan fits the model, and lay it out for the batch."""
+        n_units, n_nodes = model.profile.spec.n_units, model.profile.n_nodes
+        if isinstance(self._plan, Plan):
+            self._plan.check(n_units, n_nodes)
+            self._cuts = np.tile(np.array(self._plan.cuts, dtype=np.int64), (batch, 1))
+            return
+        if self._plan.shape != (batch, n_nodes - 1):
+            raise ConfigError(
+                f"static cuts must have shape {(batch, n_nodes - 1)}, got {self._plan.shape}"
+            )
+        self._cuts = self._plan
+
+    def decide(self, state: SystemState, last: StepResult | None = None) -> Decision:
+        """The plan, and no probes: nothing here would use them."""
+        return Decision(self._cuts)
+
+
+class Solver:
+    """Queue-aware: the candidate whose predicted cost is lowest (`CostModel.predict`).
+
+    Hops that nothing measured for a while are probed (`idle_probes`).
+    """
+
+    def __init__(self, name: str = "solver") -> None:
+        self.name = name
+
+    def reset(self, model: CostModel, batch: int) -> None:
+        """Decide for `model`'s system from now on."""
+        self._model = model
+
+    def decide(self, state: SystemState, last: StepResult | None = None) -> Decision:
+        """The cheapest candidate per environment."""
+        best = self._model.predict(state).cost.argmin(axis=1)
+        return Decision(self._model.table.cuts[best], idle_probes(state, self._model.scenario))
+
+
+@dataclass(frozen=True)
+class ArmContext:
+    """What an arm may need to be made.
+
+    Attributes:
+        model: The system's cost model.
+        checkpoint: The trained policy; None when there is none.
+        hindsight: Finds the best static plan of each environment on the very conditions of the
+            comparison, cuts [B, H] (`agents.compare.best_static_cuts`).
+    """
+
+    model: CostModel
+    checkpoint: Checkpoint | None = None
+    hindsight: Callable[[], I64] | None = None
+
+
+def _static(
+    name: str, plan: Callable[[ModelSpec, int], Plan]
+) -> Callable[[ArmContext], Controller]:
+    def make(context: ArmContext) -> Controller:
+        profile = context.model.profile
+        return Static(name, plan(profile.spec, profile.n_nodes))
+
+    return make
+
+
+def _best_static(context: ArmContext) -> Controller:
+    if context.hindsight is None:
+        raise ConfigError("arm best-static needs a simulator to try every plan in; there is none")
+    return Static("best-static", context.hindsight())
+
+
+def _paper(name: str, every: int | None, constrained: bool) -> Callable[[ArmContext], Controller]:
+    def make(context: ArmContext) -> Controller:
+        from agents.paper import Paper, PaperSettings
+
+        return Paper(PaperSettings(every_inferences=every, constrained=constrained), name)
+
+    return make
+
+
+def _policy(zeroed: bool) -> Callable[[ArmContext], Controller]:
+    def make(context: ArmContext) -> Controller:
+        from agents.runtime import PolicyController
+
+        if context.checkpoint is None:
+            raise ConfigError(
+                "the policy arms need a checkpoint; make one with "
+                f"`python train.py --model {context.model.profile.spec.name}`"
+            )
+        return PolicyController(context.checkpoint, zeroed=zeroed)
+
+    return make
+
+
+ARMS: dict[str, Callable[[ArmContext], Controller]] = {
+    "edge": _static("edge", edge_only),
+    "fog": _static("fog", fog_only),
+    "cloud": _static("cloud", cloud_only),
+    "static": _static("static", static_thirds),
+    "best-static": _best_static,
+    "paper": _paper("paper", 100, False),
+    "paper-1s": _paper("paper-1s", None, False),
+    "paper-constrained": _paper("paper-constrained", 100, True),
+    "paper-1s-constrained": _paper("paper-1s-constrained", None, True),
+    "solver": lambda context: Solver(),
+    "policy-zeroed": _policy(True),
+    "policy": _policy(False),
+}
+
+
+def make_arm(name: str, context: ArmContext) -> Controller:
+    """The arm of that name.
+
+    Raises:
+        ConfigError: No such arm, or what it needs is missing from `context`.
+    """
+    if name not in ARMS:
+        raise ConfigError(f"unknown arm {name!r}; expected one of {', '.join(ARMS)}")
+    return ARMS[name](context)

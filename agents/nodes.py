@@ -1,0 +1,217 @@
+"""From a scenario or a cluster file to running, profiled nodes as a system."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from env.conditions import process_mean
+from env.cost import References
+from env.live import LiveSystem
+from env.predict import CostModel, PlanTable
+from env.scenario import Scenario
+from executor.client import Client, RequestRecord
+from executor.cluster import Cluster
+from executor.errors import ConfigError
+from executor.model import sample_input
+from executor.plan import Plan, candidate_plans
+from executor.profile import Profile
+from executor.testbed import Testbed, TestbedHop, TestbedNode
+
+__all__ = [
+    "calibrate",
+    "measure_profile",
+    "open_cluster",
+    "open_testbed",
+    "random_inputs",
+    "start_testbed",
+]
+
+log = logging.getLogger(__name__)
+
+Report = Callable[[str, int, int], None]
+INPUT_POOL = 8
+
+
+def random_inputs(pool: int = INPUT_POOL) -> Callable[[int], Any]:
+    """A source of seeded random inputs, made once and cycled: 1 x 3 x 224 x 224 float32 each."""
+    inputs = [sample_input(seed) for seed in range(pool)]
+    return lambda i: inputs[i % pool]
+
+
+def start_testbed(model: str, scenario: Scenario, weights: str = "none") -> Testbed:
+    """Start the scenario's nodes and hops on this machine, at their mean conditions, unloaded."""
+    testbed = Testbed(
+        model,
+        weights=weights,
+        nodes=tuple(TestbedNode(n.name, n.ratio, n.device) for n in scenario.nodes),
+        hops=tuple(TestbedHop(process_mean(h.bandwidth), h.one_way_delay_s) for h in scenario.hops),
+    )
+    testbed.__enter__()
+    return testbed
+
+
+def spread(plans: Sequence[Plan], count: int) -> list[Plan]:
+    """`count` plans spread evenly over a list, ends included."""
+    index = np.unique(np.linspace(0, len(plans) - 1, min(count, len(plans))).round().astype(int))
+    return [plans[i] for i in index]
+
+
+def measure_profile(client: Client, repeats: int = 10) -> Profile:
+    """The nodes' startup profile: units, hops, power."""
+    return client.profile(repeats)
+
+
+def calibrate(
+    client: Client,
+    profile: Profile,
+    plans: Sequence[Plan],
+    repeats: int = 4,
+    report: Report = lambda what, done, total: None,
+) -> Profile:
+    """Fit what the profile cannot see, from a few requests run one at a time on idle nodes.
+
+    Fits, per node, a scale of its unit times (a stage costs a little other than the sum of its
+    units) and an overhead per stage, and per hop an overhead per frame: least squares of the
+    measured latencies' remainder over which stages and hops each plan used, not below 0.
+    """
+    source = random_inputs()
+    records: list[RequestRecord] = []
+    for p, plan in enumerate(plans):
+        for i in range(repeats + 1):
+            record = client.submit(source(i), plan).result().record
+            if i:
+                records.append(record)
+        report("calibrating", p + 1, len(plans))
+    return fit_calibration(profile, records)
+
+
+def fit_calibration(profile: Profile, records: Sequence[RequestRecord]) -> Profile:
+    """The fit behind `calibrate`, from records of idle, unloaded nodes."""
+    cuts = np.array([r.plan for r in records], dtype=np.int64)
+    profile = rescale_nodes(profile, cuts, np.array([r.work_s for r in records]))
+    table = PlanTable(profile, [Plan(r.plan) for r in records])
+    n_nodes = profile.n_nodes
+    overhead = np.array([n.stage_overhead_s for n in profile.nodes])
+    used = (table.work_s > 0).astype(np.float64)
+    base = table.work_s - used * overhead
+    measured_hops = np.array([r.transmit_s for r in records])
+    rtt = np.array([h.rtt_s for h in profile.hops])
+    reply = profile.spec.cut_bytes[-1] / np.array([h.bytes_per_s for h in profile.hops])
+    known = base.sum(axis=1) + measured_hops.sum(axis=1) + table.crossed @ (rtt + reply)
+    rest = np.array([r.latency_s for r in records]) - known
+    design = np.concatenate([used, table.crossed], axis=1)
+    fitted = np.maximum(np.linalg.lstsq(design, rest, rcond=None)[0], 0.0)
+    nodes = tuple(
+        replace(node, stage_overhead_s=float(fitted[k])) for k, node in enumerate(profile.nodes)
+    )
+    hops = tuple(
+        replace(hop, frame_overhead_s=float(fitted[n_nodes + h]))
+        for h, hop in enumerate(profile.hops)
+    )
+    return profile.with_changes(nodes=nodes, hops=hops)
+
+
+def rescale_nodes(
+    profile: Profile, cuts: NDArray[np.int64], work_s: NDArray[np.float64]
+) -> Profile:
+    """Scale each node's unit times to the work its stages were measured to take.
+
+    Args:
+        profile: The profile to correct.
+        cuts: [R, H] the plans of R requests.
+        work_s: [R, N] unloaded compute seconds of each.
+    """
+    table = PlanTable(profile, [Plan(tuple(map(int, row))) for row in cuts])
+    nodes = []
+    for k, node in enumerate(profile.nodes):
+        expected = table.work_s[:, k] - node.stage_overhead_s
+        ran = expected > 0
+        scale = float(np.median(work_s[ran, k] / expected[ran])) if ran.any() else 1.0
+        nodes.append(replace(node, unit_s=tuple(scale * t for t in node.unit_s)))
+    return profile.with_changes(nodes=tuple(nodes))
+
+
+@contextmanager
+def open_testbed(
+    model_name: str,
+    scenario: Scenario,
+    profile: Profile | None = None,
+    references: References | None = None,
+    weights: str = "none",
+    source: Callable[[int], Any] | None = None,
+) -> Iterator[LiveSystem]:
+    """The scenario's nodes on this machine, playing its conditions.
+
+    Args:
+        model_name: The model to run.
+        scenario: Nodes, hops, processes, arrivals.
+        profile: Used as it is; measured and calibrated when None.
+        references: Units of the cost; from the profile when None.
+        weights: As `executor.model.build_chain`.
+        source: Inputs; seeded random ones when None.
+    """
+    testbed = start_testbed(model_name, scenario, weights)
+    try:
+        client = testbed.client()
+        try:
+            if profile is None:
+                profile = measure_profile(client)
+                plans = candidate_plans(profile.spec, profile.n_nodes)
+                profile = calibrate(client, profile, spread(plans, 8))
+            model = CostModel(profile, scenario, references)
+            system = LiveSystem(model, client, source or random_inputs(), testbed)
+            try:
+                yield system
+            finally:
+                system.close()
+        finally:
+            client.close()
+    finally:
+        testbed.close()
+
+
+@contextmanager
+def open_cluster(
+    path: Path,
+    model_name: str,
+    scenario: Scenario,
+    source: Callable[[int], Any] | None = None,
+    references: References | None = None,
+) -> Iterator[LiveSystem]:
+    """The nodes a cluster file names, already running; conditions are what they are.
+
+    Raises:
+        ConfigError: The file is unreadable, or names another model or number of nodes.
+        HandshakeError: A node does not answer or holds other weights.
+    """
+    cluster = Cluster.load(path)
+    if cluster.model != model_name:
+        raise ConfigError(f"cluster {path} runs {cluster.model}, but --model is {model_name}")
+    if len(cluster.nodes) != scenario.n_nodes:
+        raise ConfigError(
+            f"cluster {path} has {len(cluster.nodes)} nodes, the scenario {scenario.n_nodes}; "
+            "give a --scenario with one [[nodes]] table per node"
+        )
+    client = Client(cluster, max_in_flight=scenario.max_in_flight)
+    try:
+        client.connect()
+        profile = measure_profile(client)
+        plans = candidate_plans(profile.spec, profile.n_nodes)
+        profile = calibrate(client, profile, spread(plans, 8))
+        system = LiveSystem(
+            CostModel(profile, scenario, references), client, source or random_inputs()
+        )
+        try:
+            yield system
+        finally:
+            system.close()
+    finally:
+        client.close()

@@ -1,0 +1,201 @@
+"""What `train.py` runs: profile, calibrate, train, evaluate, fine-tune, measure, keep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch.utils.tensorboard.writer import SummaryWriter
+
+from agents.cli import progress
+from agents.compare import ArmRun, run_arm, summarise
+from agents.controllers import ArmContext, make_arm
+from agents.finetuning import FinetuneSettings, finetune
+from agents.nodes import open_cluster, open_testbed
+from agents.policy import ResidualSolverPolicy
+from agents.report import table
+from agents.runtime import Checkpoint
+from agents.training import TrainingSettings, to_checkpoint, train_policy
+from env.live import LiveSystem
+from env.predict import CostModel
+from env.scenario import Scenario
+from env.simulator import Simulator
+
+__all__ = ["Pipeline"]
+
+EVALUATION_SEED = 9_000_000
+SIMULATOR_ARMS = ("static", "paper-1s", "solver", "policy")
+LIVE_ARMS = ("static", "solver", "policy")
+
+
+@dataclass
+class Pipeline:
+    """One training, from nodes to checkpoint.
+
+    Attributes:
+        model_name: The model.
+        scenario: Nodes, hops, conditions, cost.
+        training: How PPO is run.
+        online_steps: Intervals of fine-tuning on the nodes (0: none).
+        directory: Where the checkpoint goes.
+        log_dir: Where TensorBoard's files go.
+        cluster: Cluster file; None starts the testbed.
+        weights: The model's weights on the testbed.
+        live_intervals: Intervals per arm of the short table measured on the nodes.
+    """
+
+    model_name: str
+    scenario: Scenario
+    training: TrainingSettings
+    online_steps: int
+    directory: Path
+    log_dir: Path
+    cluster: Path | None = None
+    weights: str = "none"
+    live_intervals: int = 15
+    console: Console = field(default_factory=Console)
+
+    def run(self) -> Checkpoint:
+        """Do all of it; the checkpoint is written after training and again after fine-tuning."""
+        say = self.console.print
+        with self._open() as system:
+            profile = system.model.profile
+            edge = system.model.references
+            say(
+                f"{self.model_name} on {' - '.join(n.name for n in profile.nodes)}: edge-only "
+                f"{edge.latency_s * 1e3:.0f} ms, {edge.edge_j:.2f} J; "
+                f"{len(system.model.plans)} candidate plans; best static capacity "
+                f"{system.model.capacity_rps:.1f} requests/s"
+            )
+            policy, checkpoint = self._train(system.model)
+            checkpoint.save(self.directory)
+            if self.online_steps:
+                checkpoint = self._finetune(policy, system, checkpoint)
+                checkpoint.save(self.directory)
+            self._measure(system, checkpoint)
+        say(f"checkpoint: {self.directory}   curves: tensorboard --logdir {self.log_dir.parent}")
+        return checkpoint
+
+    @contextmanager
+    def _open(self) -> Iterator[LiveSystem]:
+        with self.console.status("starting, profiling and calibrating the nodes"):
+            if self.cluster is None:
+                opened = open_testbed(self.model_name, self.scenario, weights=self.weights)
+            else:
+                opened = open_cluster(self.cluster, self.model_name, self.scenario)
+            system = opened.__enter__()
+        try:
+            yield system
+        finally:
+            opened.__exit__(None, None, None)
+
+    def _train(self, model: CostModel) -> tuple[ResidualSolverPolicy, Checkpoint]:
+        with progress(self.console) as bar:
+            task = bar.add_task("training in the simulator", total=self.training.steps, note="")
+
+            def report(steps: int, best: float) -> None:
+                bar.update(task, completed=steps, note=f"cost {best:.3f} x the solver's")
+
+            result = train_policy(model, self.training, self.log_dir, report)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        aside = self.directory / ".policy.zip.part"
+        result.ppo.save(aside)
+        aside.rename(self.directory / "policy.zip")
+        policy = result.ppo.policy
+        assert isinstance(policy, ResidualSolverPolicy)
+        table_, results = self._simulate(model, result.checkpoint)
+        self.console.print(table_)
+        metadata = {
+            **result.checkpoint.metadata,
+            "scenario": asdict(self.scenario),
+            "simulator": results,
+            "steps_per_s": round(result.steps_per_s),
+        }
+        self._ppo = result.ppo
+        return policy, replace(result.checkpoint, metadata=metadata)
+
+    def _simulate(self, model: CostModel, checkpoint: Checkpoint) -> tuple[Any, dict[str, Any]]:
+        """Arms on held-out conditions of the simulator."""
+        simulator = Simulator(model, 24, EVALUATION_SEED, record_requests=True)
+        context = ArmContext(model, checkpoint)
+        runs: dict[str, ArmRun] = {}
+        with progress(self.console) as bar:
+            task = bar.add_task("arms in the simulator", total=len(SIMULATOR_ARMS), note="")
+            for name in SIMULATOR_ARMS:
+                runs[name] = run_arm(
+                    simulator,
+                    make_arm(name, context),
+                    seed=EVALUATION_SEED,
+                    n_intervals=120,
+                    startup=60,
+                )
+                bar.update(task, advance=1)
+        arms = summarise(runs, model, {n: _decide_us(r) for n, r in runs.items()})
+        title = f"simulator, held-out seeds, {self.scenario.capacity_fraction} of capacity"
+        return table(title, arms), {n: a["cost"] for n, a in arms.items()}
+
+    def _finetune(
+        self, policy: ResidualSolverPolicy, system: LiveSystem, checkpoint: Checkpoint
+    ) -> Checkpoint:
+        settings = FinetuneSettings(steps=self.online_steps)
+        writer = SummaryWriter(str(self.log_dir / "finetune"))
+        try:
+            with progress(self.console) as bar:
+                task = bar.add_task("fine-tuning on the nodes", total=self.online_steps, note="")
+
+                def report(step: int, reward: float) -> None:
+                    bar.update(task, completed=step, note=f"reward {reward:.2f}")
+
+                result = finetune(
+                    policy, system, self.training, settings, self.training.seed, writer, report
+                )
+        finally:
+            writer.close()
+        ratio = ", ".join(f"{v:.4f}" for v in result.cost_ratio)
+        kept = "promoted" if result.promoted else "not promoted: the trained policy stays"
+        self.console.print(f"fine-tuned / trained cost (mean, low, high): {ratio}; {kept}")
+        if result.promoted:
+            self._ppo.policy.load_state_dict(result.policy.state_dict())
+            aside = self.directory / ".policy.zip.part"
+            self._ppo.save(aside)
+            aside.rename(self.directory / "policy.zip")
+        metadata = {
+            **checkpoint.metadata,
+            "finetuning": {
+                **asdict(settings),
+                "promoted": result.promoted,
+                "cost_ratio": result.cost_ratio,
+                "live_cost": result.live_cost,
+                "solver_agreement": result.solver_agreement,
+            },
+        }
+        return to_checkpoint(result.model, result.policy, metadata)
+
+    def _measure(self, system: LiveSystem, checkpoint: Checkpoint) -> None:
+        """A short table of arms on the running nodes; `agents.evaluate` gives the verdict."""
+        context = ArmContext(system.model, checkpoint)
+        runs: dict[str, ArmRun] = {}
+        with progress(self.console) as bar:
+            total = len(LIVE_ARMS) * self.live_intervals
+            task = bar.add_task("arms on the nodes", total=total, note="")
+            for name in LIVE_ARMS:
+                bar.update(task, note=name)
+                runs[name] = run_arm(
+                    system,
+                    make_arm(name, context),
+                    seed=EVALUATION_SEED,
+                    n_intervals=self.live_intervals,
+                    on_interval=lambda: bar.update(task, advance=1),
+                )
+        arms = summarise(runs, system.model, {n: _decide_us(r) for n, r in runs.items()})
+        self.console.print(
+            table(f"SHORT: {self.live_intervals} intervals per arm on the running nodes", arms)
+        )
+
+
+def _decide_us(run: ArmRun) -> float:
+    return 1e6 * float(sum(run.decide_s)) / max(1, len(run.decide_s) * run.rows)

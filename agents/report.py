@@ -1,0 +1,107 @@
+"""Shows comparison results: a table on the terminal, a figure for the README."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from executor.errors import ConfigError
+
+__all__ = ["plot", "table"]
+
+
+def table(title: str, arms: dict[str, Any]) -> Table:
+    """The arms side by side, one row each; costs against `static` with 95 % intervals."""
+    out = Table(title=title, title_justify="left")
+    out.add_column("arm")
+    for column in (
+        "cost/request",
+        "x static (95 %)",
+        "mean ms",
+        "p50",
+        "p95",
+        "p99",
+        "edge J",
+        "total J",
+        "battery h",
+        "lost",
+        "late",
+        "switches",
+        "decide us",
+    ):
+        out.add_column(column, justify="right")
+    for name, arm in arms.items():
+        ratio = arm["versus_static"]["cost_ratio"]
+        latency, energy = arm["latency_ms"], arm["energy_j"]["full"]
+        requests = arm["requests"]
+        submitted = max(requests["submitted"], 1)
+        out.add_row(
+            name,
+            f"{arm['cost']:.3f}",
+            f"{ratio['mean']:.3f} ({ratio['low']:.3f}..{ratio['high']:.3f})",
+            f"{latency['mean']:.0f}",
+            f"{latency['p50']:.0f}",
+            f"{latency['p95']:.0f}",
+            f"{latency['p99']:.0f}",
+            f"{energy['edge']:.3f}",
+            f"{energy['total']:.3f}",
+            f"{arm['battery_h']:.1f}",
+            f"{100 * requests['lost'] / submitted:.2f} %",
+            f"{100 * requests['late'] / submitted:.2f} %",
+            str(arm["switches"]),
+            f"{arm['overhead']['decide_us']:.0f}",
+        )
+    return out
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Latency and energy per arm, two panels with 95 % intervals, one group per rate.
+
+    Args:
+        result: What `agents.evaluate` writes as JSON.
+        path: Image file; its suffix says the format.
+
+    Raises:
+        ConfigError: matplotlib is missing, or the file cannot be written.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ConfigError(
+            "plotting needs matplotlib: pip install 'splitpilot[plot]' (or pip install matplotlib)"
+        ) from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(result["arms"])
+    rates = list(result["by_rate"])
+    panels = (
+        ("latency_ms", "mean latency, ms"),
+        ("energy_total_j", "energy per request, J (full)"),
+    )
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    width = 0.8 / len(rates)
+    for axis, (key, label) in zip(axes, panels, strict=True):
+        for k, rate in enumerate(rates):
+            values = [result["by_rate"][rate]["arms"][name]["ci95"][key] for name in names]
+            mean = [v["mean"] for v in values]
+            spread = [
+                [v["mean"] - v["low"] for v in values],
+                [v["high"] - v["mean"] for v in values],
+            ]
+            at = [x + (k - (len(rates) - 1) / 2) * width for x in range(len(names))]
+            axis.bar(at, mean, width, yerr=spread, capsize=2, label=f"{rate} of capacity")
+        axis.set_yscale("log")
+        axis.set_ylabel(label)
+        axis.set_xticks(range(len(names)), names, rotation=40, ha="right")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False)
+    figure.suptitle(f"{result['model']}, {result['backend']}, {result['seeds']} seeds")
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot write the figure {path}: {error}") from error
+    finally:
+        pyplot.close(figure)

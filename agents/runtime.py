@@ -1,0 +1,168 @@
+"""The policy at work: state in, plan out, in numpy (importing this does not import torch)."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agents.controllers import Decision
+from env.cost import References
+from env.predict import CostModel
+from env.state import Encoder, SystemState, idle_probes
+from executor.errors import ConfigError
+from executor.plan import Plan
+from executor.profile import Profile, write_atomic
+
+if TYPE_CHECKING:
+    from env.system import StepResult
+
+__all__ = ["Checkpoint", "PolicyController", "PolicyNetwork"]
+
+F32 = NDArray[np.float32]
+FORMAT_VERSION = 1
+ARRAYS = ("w1", "b1", "w2", "b2", "w3", "b3", "tau")
+
+
+class PolicyNetwork:
+    """The actor: observation -> logits.
+
+    Args:
+        arrays: From `agents.policy.export_arrays`: w1 [S, h], b1, w2 [h, h], b2, w3 [h, A], b3,
+            tau [1].
+        zeroed: Leave the learned correction out (the solver remains).
+    """
+
+    def __init__(self, arrays: dict[str, F32], zeroed: bool = False) -> None:
+        self._a = arrays
+        self._n_actions = arrays["w3"].shape[1]
+        self._inverse_tau = np.float32(1.0) / arrays["tau"][0]
+        self._zeroed = zeroed
+
+    def logits(self, observation: F32) -> F32:
+        """Logits, shape [B, A], of observations [B, S]."""
+        excess = observation[:, -self._n_actions :]
+        prior: F32 = excess * -self._inverse_tau
+        if self._zeroed:
+            return prior
+        a = self._a
+        view = observation.copy()
+        np.exp(-excess, out=view[:, -self._n_actions :])
+        hidden = np.tanh(view @ a["w1"] + a["b1"])
+        hidden = np.tanh(hidden @ a["w2"] + a["b2"])
+        logits: F32 = hidden @ a["w3"] + a["b3"] + prior
+        return logits
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `train.py` leaves in checkpoints/MODEL/ (beside policy.zip, which SB3 reads).
+
+    Attributes:
+        profile: The profile it was trained on.
+        references: The frozen units of its cost.
+        plans: The action space, in order.
+        arrays: The actor's weights.
+        metadata: Seeds, scenario, results: what metadata.json holds.
+    """
+
+    profile: Profile
+    references: References
+    plans: tuple[Plan, ...]
+    arrays: dict[str, F32]
+    metadata: dict[str, Any]
+
+    def save(self, directory: Path) -> None:
+        """Write policy.npz, profile.json and metadata.json, each aside and then renamed."""
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, allow_pickle=False, **{k: self.arrays[k] for k in ARRAYS})
+        meta = {
+            "format": FORMAT_VERSION,
+            "model": self.profile.spec.name,
+            "shape_digest": self.profile.shape_digest(),
+            "plans": [list(p.cuts) for p in self.plans],
+            "references": asdict(self.references),
+            **self.metadata,
+        }
+        write_atomic(directory / "policy.npz", buffer.getvalue())
+        self.profile.save(directory / "profile.json")
+        write_atomic(directory / "metadata.json", (json.dumps(meta, indent=1) + "\n").encode())
+
+    @classmethod
+    def load(cls, directory: Path, model: str | None = None) -> Checkpoint:
+        """Read a checkpoint.
+
+        Raises:
+            ConfigError: Missing, unreadable, or made for another model or profile shape.
+        """
+        try:
+            metadata = json.loads((directory / "metadata.json").read_text())
+            profile = Profile.load(directory / "profile.json")
+            with np.load(directory / "policy.npz", allow_pickle=False) as file:
+                arrays = {k: file[k] for k in ARRAYS}
+            references = References(**metadata["references"])
+            plans = tuple(Plan(tuple(map(int, cuts))) for cuts in metadata["plans"])
+            made_for, shape = metadata["model"], metadata["shape_digest"]
+        except FileNotFoundError as error:
+            raise ConfigError(
+                f"no checkpoint in {directory} ({Path(error.filename).name} is missing); make one "
+                f"with `python train.py --model {model or 'MODEL'}`"
+            ) from error
+        except (OSError, KeyError, TypeError, ValueError, EOFError) as error:
+            raise ConfigError(f"checkpoint {directory} is not readable: {error!r}") from error
+        if model is not None and made_for != model:
+            raise ConfigError(
+                f"checkpoint {directory} was made for {made_for}, not {model}; make one with "
+                f"`python train.py --model {model}`"
+            )
+        if shape != profile.shape_digest():
+            raise ConfigError(f"checkpoint {directory}: its profile.json belongs to another model")
+        return cls(profile, references, plans, arrays, metadata)
+
+    def check_fits(self, profile: Profile) -> None:
+        """Raise ConfigError unless `profile` has the shape this policy was trained on."""
+        if profile.shape_digest() != self.profile.shape_digest():
+            raise ConfigError(
+                f"the policy was trained for {self.profile.spec.name} with "
+                f"{self.profile.spec.n_units} units on {self.profile.n_nodes} nodes, the running "
+                f"nodes have {profile.spec.name} with {profile.spec.n_units} units on "
+                f"{profile.n_nodes}; train again with `python train.py`"
+            )
+
+
+class PolicyController:
+    """The deployed policy as a controller.
+
+    Args:
+        checkpoint: Weights and the profile they belong to.
+        zeroed: Leave the learned correction out.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, zeroed: bool = False) -> None:
+        self.name = "policy-zeroed" if zeroed else "policy"
+        self.checkpoint = checkpoint
+        self.network = PolicyNetwork(checkpoint.arrays, zeroed)
+
+    def reset(self, model: CostModel, batch: int) -> None:
+        """Start with an empty history; `model` is the running system's."""
+        self.checkpoint.check_fits(model.profile)
+        self._model = model
+        self._encoder = Encoder(model)
+        if model.plans != self.checkpoint.plans:
+            raise ConfigError(
+                f"the policy chooses among {len(self.checkpoint.plans)} plans, this scenario "
+                f"offers {len(model.plans)}; use the same `constrained` setting or train again"
+            )
+        self._history = self._encoder.new_history(batch)
+
+    def decide(self, state: SystemState, last: StepResult | None = None) -> Decision:
+        """The plan of highest logit per environment."""
+        self._history = self._encoder.push(self._history, state)
+        logits = self.network.logits(self._encoder.observe(self._history, state))
+        best = logits.argmax(axis=1)
+        return Decision(self._model.table.cuts[best], idle_probes(state, self._model.scenario))

@@ -1,0 +1,238 @@
+"""PPO in the calibrated simulator: the curriculum, the validation, the chosen checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from env.simulator import Simulator
+from env.vector import SimulatorVecEnv
+from numpy.typing import NDArray
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import HParam
+
+from agents.controllers import Controller, Solver
+from agents.policy import ResidualSolverPolicy, export_arrays, policy_kwargs
+from agents.runtime import Checkpoint, PolicyController
+from env.predict import CostModel
+
+__all__ = ["TrainingResult", "TrainingSettings", "mean_cost", "train_policy"]
+
+VALIDATION_SEED = 7_000_000
+F64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How PPO is run.
+
+    Attributes:
+        steps: Environment steps in all.
+        n_envs: Simulated environments side by side.
+        rollout: Steps per environment between two updates.
+        batch_size: Minibatch of an update.
+        epochs: Passes over a rollout.
+        learning_rate: Adam's, decayed linearly to a tenth.
+        gamma: Discount per second; scaled to the scenario's interval.
+        gae_lambda: Generalised advantage estimation's lambda.
+        entropy: Entropy bonus.
+        tau: Temperature of the solver's prior.
+        width: Hidden width.
+        rates: Arrival rates trained on, as fractions of the best static plan's capacity.
+        seed: Everything drawn depends on it.
+        validate_every: Steps between two validations against the solver.
+        validation_envs: Environments of a validation.
+        time_limit_s: Stop training after this many seconds (0: no limit).
+    """
+
+    steps: int = 2_000_000
+    n_envs: int = 256
+    rollout: int = 32
+    batch_size: int = 2048
+    epochs: int = 4
+    learning_rate: float = 1e-3
+    gamma: float = 0.95
+    gae_lambda: float = 0.9
+    entropy: float = 0.0
+    tau: float = 0.05
+    width: int = 64
+    rates: tuple[float, float] = (0.3, 1.2)
+    seed: int = 0
+    validate_every: int = 200_000
+    validation_envs: int = 192
+    time_limit_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What training leaves.
+
+    Attributes:
+        ppo: The SB3 model holding the chosen weights.
+        checkpoint: The same for the runtime.
+        validation: (steps, cost ratio to the solver) of each validation.
+        steps_per_s: Environment steps per second, updates included.
+    """
+
+    ppo: PPO
+    checkpoint: Checkpoint
+    validation: list[tuple[int, float]]
+    steps_per_s: float
+
+
+def mean_cost(controller: Controller, simulator: Simulator, seed: int, steps: int) -> F64:
+    """Mean cost per step and environment of a controller on the conditions `seed` names, [B]."""
+    from env.cost import Cost
+
+    model = simulator.model
+    cost = Cost(model.profile, model.references, model.scenario)
+    state, last = simulator.reset(seed), None
+    controller.reset(model, state.batch)
+    total = np.zeros(state.batch)
+    for _ in range(steps):
+        decision = controller.decide(state, last)
+        last = simulator.step(decision.cuts, decision.probe_bytes)
+        state = last.state
+        total += cost(last.record, simulator.n_ref)
+    total += cost(simulator.drain(), simulator.n_ref)
+    return total / steps
+
+
+class _Validation(BaseCallback):
+    """Validates against the solver on fixed seeds, keeps the best weights, reports progress."""
+
+    def __init__(
+        self,
+        model: CostModel,
+        settings: TrainingSettings,
+        report: Callable[[int, float], None],
+    ) -> None:
+        super().__init__()
+        self.cost_model, self.settings, self.report = model, settings, report
+        low, high = settings.rates
+        rates = np.linspace(low, high, settings.validation_envs) * model.capacity_rps
+        self.simulator = Simulator(model, settings.validation_envs, VALIDATION_SEED, rate_rps=rates)
+        self.steps = min(100, model.scenario.steps_per_episode)
+        self.solver_cost = mean_cost(Solver(), self.simulator, VALIDATION_SEED, self.steps)
+        self.history: list[tuple[int, float]] = []
+        self.best = float("inf")
+        self.best_weights: dict[str, torch.Tensor] = {}
+        self._next = 0
+        self._started = time.monotonic()
+
+    def validate(self) -> None:
+        """Compare with the solver on common random numbers; keep the weights if they are best."""
+        policy = self.model.policy
+        assert isinstance(policy, ResidualSolverPolicy)
+        controller = PolicyController(to_checkpoint(self.cost_model, policy, {}))
+        cost = mean_cost(controller, self.simulator, VALIDATION_SEED, self.steps)
+        # Each rate counts the same: the mean of ratios, not the ratio of means.
+        ratio = float(np.mean(cost / self.solver_cost))
+        self.history.append((self.num_timesteps, ratio))
+        self.logger.record("eval/cost_ratio_to_solver", ratio)
+        if ratio < self.best:
+            self.best = ratio
+            self.best_weights = {k: v.clone() for k, v in policy.state_dict().items()}
+
+    def _on_training_start(self) -> None:
+        self.logger.record(
+            "hparams",
+            HParam(
+                {k: v for k, v in asdict(self.settings).items() if isinstance(v, int | float)},
+                {"eval/cost_ratio_to_solver": 1.0, "rollout/reward_mean": 0.0},
+            ),
+            exclude=("stdout", "log", "json", "csv"),
+        )
+
+    def _on_rollout_end(self) -> None:
+        buffer = self.locals["rollout_buffer"]
+        self.logger.record("rollout/reward_mean", float(buffer.rewards.mean()))
+        if self.num_timesteps >= self._next:
+            self._next = self.num_timesteps + self.settings.validate_every
+            self.validate()
+        self.report(self.num_timesteps, self.best)
+
+    def _on_step(self) -> bool:
+        limit = self.settings.time_limit_s
+        return not (limit and time.monotonic() - self._started > limit)
+
+
+def to_checkpoint(
+    model: CostModel, policy: ResidualSolverPolicy, metadata: dict[str, Any]
+) -> Checkpoint:
+    """The runtime's form of a policy."""
+    return Checkpoint(
+        profile=model.profile,
+        references=model.references,
+        plans=model.plans,
+        arrays=export_arrays(policy),
+        metadata=metadata,
+    )
+
+
+def train_policy(
+    model: CostModel,
+    settings: TrainingSettings,
+    log_dir: Path | None = None,
+    report: Callable[[int, float], None] = lambda steps, best: None,
+) -> TrainingResult:
+    """Train the residual policy and return the weights that validated best.
+
+    Args:
+        model: Profile, scenario, candidates and references.
+        settings: How PPO is run.
+        log_dir: Where TensorBoard's files go; None writes none.
+        report: Called after every rollout with (steps, best cost ratio to the solver so far).
+    """
+    torch.set_num_threads(1)
+    torch.manual_seed(settings.seed)
+    env = SimulatorVecEnv(model, settings.n_envs, seed=settings.seed, rate_fraction=settings.rates)
+
+    def learning_rate(remaining: float) -> float:
+        return settings.learning_rate * (0.1 + 0.9 * remaining)
+
+    ppo = PPO(
+        ResidualSolverPolicy,
+        env,
+        n_steps=settings.rollout,
+        batch_size=settings.batch_size,
+        n_epochs=settings.epochs,
+        learning_rate=learning_rate,
+        gamma=settings.gamma**model.scenario.interval_s,
+        gae_lambda=settings.gae_lambda,
+        ent_coef=settings.entropy,
+        max_grad_norm=0.5,
+        policy_kwargs=policy_kwargs(model, settings.tau, settings.width),
+        seed=settings.seed,
+        tensorboard_log=str(log_dir) if log_dir else None,
+        device="cpu",
+    )
+    validation = _Validation(model, settings, report)
+    started = time.monotonic()
+    ppo.learn(settings.steps, callback=validation, tb_log_name="simulator")
+    validation.validate()
+    elapsed = time.monotonic() - started
+    ppo.policy.load_state_dict(validation.best_weights)
+    policy = ppo.policy
+    assert isinstance(policy, ResidualSolverPolicy)
+    metadata = {
+        "training": {
+            **asdict(settings),
+            "steps_done": ppo.num_timesteps,
+            "seconds": round(elapsed, 1),
+            "validation_cost_ratio_to_solver": validation.best,
+        }
+    }
+    env.close()
+    return TrainingResult(
+        ppo=ppo,
+        checkpoint=to_checkpoint(model, policy, metadata),
+        validation=validation.history,
+        steps_per_s=ppo.num_timesteps / elapsed,
+    )

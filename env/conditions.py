@@ -1,0 +1,246 @@
+"""Exogenous conditions: bandwidth, load and arrivals per interval, for a batch of environments.
+
+They do not depend on any action: the same scenario, rates, batch and seed give the same conditions
+to every controller (common random numbers), in the simulator and on the testbed alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from env.scenario import Process, Scenario
+from executor.errors import ConfigError
+
+__all__ = ["Conditions", "IntervalConditions", "load_trace", "process_mean"]
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+I64 = NDArray[np.int64]
+BYTES_PER_S_PER_MBPS = 1e6 / 8
+MAX_SUBSTEP_S = 1.0
+MAX_LOAD = 0.9
+
+
+@dataclass(frozen=True)
+class IntervalConditions:
+    """What happens outside during one interval.
+
+    Attributes:
+        hop_bytes_per_s: Shape [B, H, K]: bandwidth, constant in each of the K sub-steps.
+        node_speed: Shape [B, N, K]: 1 - load.
+        arrival_env: Shape [R], not decreasing: which environment each request arrives in.
+        arrival_offset_s: Shape [R]: seconds after the interval's start, sorted within each
+            environment.
+        arrival_count: Shape [B].
+    """
+
+    hop_bytes_per_s: F64
+    node_speed: F64
+    arrival_env: NDArray[np.int64]
+    arrival_offset_s: F64
+    arrival_count: NDArray[np.int64]
+
+
+class Conditions:
+    """Draws `IntervalConditions` one interval after the other.
+
+    Bandwidth and load come from one random stream and arrivals from another, so that another
+    arrival rate leaves bandwidth and load as they were. How much is drawn never depends on an
+    action.
+
+    Args:
+        scenario: Processes and interval.
+        rate_rps: Mean arrival rate per environment, shape [B].
+        seed: Everything drawn depends on this alone.
+    """
+
+    def __init__(self, scenario: Scenario, rate_rps: F64, seed: int) -> None:
+        self.scenario = scenario
+        self.rate_rps = np.asarray(rate_rps, dtype=np.float64)
+        self.batch = len(self.rate_rps)
+        self.substeps = max(1, int(np.ceil(scenario.interval_s / MAX_SUBSTEP_S - 1e-9)))
+        self.substep_s = scenario.interval_s / self.substeps
+        self._processes = [h.bandwidth for h in scenario.hops]
+        self._processes += [n.load for n in scenario.nodes]
+        self._processes.append(scenario.arrivals)
+        self._n_hops = len(scenario.hops)
+        self._traces = [load_trace(p) if p.kind == "trace" else None for p in self._processes]
+        # Multiplicative noise first, so that either kind is one block of rows.
+        moving = [(not p.log, i) for i, p in enumerate(self._processes) if p.kind == "markov"]
+        self._rows = [i for _, i in sorted(moving)]
+        self._n_log = sum(not additive for additive, _ in moving)
+        self._out_rows = [m for m, i in enumerate(self._rows) if self._processes[i].outage_per_s]
+        self._setup([self._processes[i] for i in self._rows])
+        self.reset(seed)
+
+    def _setup(self, moving: list[Process]) -> None:
+        """Stack the moving processes' parameters: one pass of array code advances them all."""
+        self._n_levels = np.array([len(p.levels) for p in moving], dtype=np.int64)
+        self._levels = np.zeros((len(moving), max([len(p.levels) for p in moving], default=1)))
+        for row, p in zip(self._levels, moving, strict=True):
+            row[: len(p.levels)] = p.levels
+
+        def column(name: str) -> F32:
+            return np.array([float(getattr(p, name)) for p in moving], dtype=np.float32)[:, None]
+
+        dt = self.substep_s
+        self._p_switch = -np.expm1(-dt / column("dwell_s"))
+        self._ar = np.exp(-dt / column("correlation_s"))
+        self._innovation = np.sqrt(1.0 - self._ar**2)
+        self._sigma = column("sigma")
+        # exp(shift - variance / 2) has mean 1.
+        self._half_variance = 0.5 * self._sigma[: self._n_log] ** 2
+        out = self._out_rows
+        self._p_outage = -np.expm1(-dt * column("outage_per_s")[out])
+        self._p_stay_out = np.exp(-dt / column("outage_s")[out])
+        self._outage_value = column("outage_value")[out]
+        self._minimum, self._maximum = column("minimum"), column("maximum")
+
+    def reset(self, seed: int) -> None:
+        """Start again from the beginning of the conditions that `seed` names."""
+        self._rng, self._arrival_rng = np.random.default_rng(seed).spawn(2)
+        shape = (len(self._rows), self.batch)
+        regime = (self._rng.random(shape) * self._n_levels[:, None]).astype(np.int64)
+        self._level = np.take_along_axis(self._levels, regime, axis=1).astype(np.float32)
+        self._noise = self._rng.standard_normal(shape, dtype=np.float32)
+        self._out = np.zeros((len(self._out_rows), self.batch), dtype=bool)
+        self._time_s = 0.0
+        self._offset = [
+            self._rng.random(self.batch) * (len(t) if t is not None else 1) for t in self._traces
+        ]
+
+    def _move(self) -> F32:
+        """One sub-step of the moving processes; returns their values, [rows, B]."""
+        uniform = self._rng.random(self._level.shape, dtype=np.float32)
+        switch = np.flatnonzero(uniform < self._p_switch)
+        row = switch // self.batch
+        # Given u < p, u / p is uniform again: it draws the regime.
+        drawn = uniform.take(switch) / self._p_switch.take(row) * self._n_levels.take(row)
+        regime = np.minimum(drawn.astype(np.int64), self._n_levels.take(row) - 1)
+        self._level.reshape(-1)[switch] = self._levels[row, regime]
+        self._noise *= self._ar
+        self._noise += self._innovation * self._rng.standard_normal(
+            self._level.shape, dtype=np.float32
+        )
+        shift, n = self._sigma * self._noise, self._n_log
+        values = np.empty_like(self._level)
+        np.multiply(self._level[:n], np.exp(shift[:n] - self._half_variance), out=values[:n])
+        np.add(self._level[n:], shift[n:], out=values[n:])
+        if self._out_rows:
+            uniform = self._rng.random(self._out.shape, dtype=np.float32)
+            self._out = uniform < np.where(self._out, self._p_stay_out, self._p_outage)
+            values[self._out_rows] = np.where(self._out, self._outage_value, values[self._out_rows])
+        np.maximum(values, self._minimum, out=values)
+        return np.minimum(values, self._maximum, out=values)
+
+    def _advance(self) -> F64:
+        """One sub-step of every process; returns values, shape [P, B]."""
+        values = np.empty((len(self._processes), self.batch))
+        if self._rows:
+            values[self._rows] = self._move()
+        for row, process, trace, offset in zip(
+            values, self._processes, self._traces, self._offset, strict=True
+        ):
+            if process.kind == "constant":
+                row[:] = np.clip(process.levels[0], process.minimum, process.maximum)
+            elif trace is not None:
+                index = (offset + self._time_s).astype(np.int64) % len(trace)
+                np.clip(trace[index] * process.scale, process.minimum, process.maximum, out=row)
+        self._time_s += self.substep_s
+        return values
+
+    def next(self) -> IntervalConditions:
+        """The next interval's conditions."""
+        steps = np.empty((len(self._processes), self.batch, self.substeps))
+        for k in range(self.substeps):
+            steps[:, :, k] = self._advance()
+        h = self._n_hops
+        steps[:h] *= BYTES_PER_S_PER_MBPS
+        speed = 1.0 - np.minimum(steps[h:-1], MAX_LOAD)
+        env, offset, count = self._arrivals(steps[-1])
+        return IntervalConditions(
+            hop_bytes_per_s=steps[:h].transpose(1, 0, 2),
+            node_speed=speed.transpose(1, 0, 2),
+            arrival_env=env,
+            arrival_offset_s=offset,
+            arrival_count=count,
+        )
+
+    def _arrivals(self, multiplier: F64) -> tuple[I64, F64, I64]:
+        """Poisson arrivals of an interval: environments, offsets, counts.
+
+        The expected counts of all environments' sub-steps, laid end to end, make one line; a
+        Poisson number of uniform points on it, sorted, are everybody's arrivals at once.
+        """
+        expected = (self.rate_rps[:, None] * self.substep_s * multiplier).reshape(-1)
+        bounds = np.zeros(len(expected) + 1)
+        np.cumsum(expected, out=bounds[1:])
+        total = bounds[-1]
+        points = self._arrival_rng.random(self._arrival_rng.poisson(total))
+        points *= total
+        points.sort()
+        cell_counts = np.diff(points.searchsorted(bounds[:-1]), append=len(points))
+        per_s = self.substep_s / np.maximum(expected, 1e-300)
+        origin = bounds[:-1] * per_s
+        if self.substeps > 1:
+            origin -= np.tile(np.arange(self.substeps) * self.substep_s, self.batch)
+        offset = points * np.repeat(per_s, cell_counts)
+        offset -= np.repeat(origin, cell_counts)
+        count = cell_counts.reshape(self.batch, self.substeps).sum(axis=1)
+        env = np.repeat(np.arange(self.batch), count)
+        return env, np.clip(offset, 0.0, self.scenario.interval_s, out=offset), count
+
+
+def process_mean(process: Process) -> float:
+    """Long-run mean of a process, in its own unit (outages and clipping included roughly)."""
+    if process.kind == "trace":
+        return float(np.mean(load_trace(process)) * process.scale)
+    mean = float(np.mean(process.levels))
+    if process.kind == "constant":
+        return mean
+    out = process.outage_per_s * process.outage_s
+    share = out / (1.0 + out)
+    return (1.0 - share) * mean + share * process.outage_value
+
+
+def load_trace(process: Process) -> F64:
+    """Read a trace CSV (header, then `seconds,value` rows) onto a 1 s grid.
+
+    A gap is filled with the value before it.
+
+    Raises:
+        ConfigError: Unreadable, non-numeric, negative or empty; names the file and line.
+    """
+    path = Path(process.path)
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read trace {path}: {error}") from error
+    times: list[float] = []
+    values: list[float] = []
+    for number, line in enumerate(lines[1:], start=2):
+        if not line.strip():
+            continue
+        try:
+            t, v = (float(x) for x in line.split(",")[:2])
+        except ValueError as error:
+            raise ConfigError(
+                f"trace {path} line {number}: expected `seconds,value`, got {line!r}"
+            ) from error
+        if not (np.isfinite(t) and np.isfinite(v)) or v < 0:
+            raise ConfigError(
+                f"trace {path} line {number}: values must be finite and >= 0, got {line!r}"
+            )
+        if times and t <= times[-1]:
+            raise ConfigError(f"trace {path} line {number}: seconds must increase, got {line!r}")
+        times.append(t)
+        values.append(v)
+    if len(times) < 2:
+        raise ConfigError(f"trace {path}: expected at least two rows, got {len(times)}")
+    grid = np.arange(times[0], times[-1] + 1e-9, 1.0)
+    held = np.searchsorted(np.array(times), grid + 1e-9, side="right") - 1
+    return np.array(values)[held]

@@ -1,0 +1,323 @@
+"""Running nodes as a system: the interface of the simulator, over the real executor, in real time.
+
+One step submits the arrivals of one interval, open loop, and returns at its end with the measured
+state and record. On the testbed the scenario's conditions are played on the hops and nodes; on a
+cluster the conditions are what they are.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from env.conditions import BYTES_PER_S_PER_MBPS, Conditions
+from env.cost import IntervalRecord
+from env.predict import CostModel
+from env.state import SystemState
+from env.system import ARRIVAL_SMOOTHING_S, Completed, StepResult
+from executor.errors import RequestError, SplitpilotError
+from executor.plan import Plan
+
+__all__ = ["ClientLike", "LiveSystem", "Playback"]
+
+log = logging.getLogger(__name__)
+
+F64 = NDArray[np.float64]
+LEAD_S = 0.25
+
+
+class ClientLike(Protocol):
+    """What a live system needs of `executor.client.Client`."""
+
+    @property
+    def in_flight(self) -> int:
+        """Requests outstanding."""
+
+    def submit(self, x: Any, plan: Plan, scheduled_s: float | None = None) -> Future[Any]:
+        """Run one inference."""
+
+    def status(self) -> Any:
+        """Newest status per node."""
+
+    def probe(self, hop: int, payload_bytes: int, repeats: int = 3) -> list[float]:
+        """Round trips of a payload over one hop, s."""
+
+
+class Playback(Protocol):
+    """What can play a scenario's conditions: `executor.testbed.Testbed`."""
+
+    def play_rate(self, hop: int, t0_s: float, dt_s: float, mbps: Sequence[float]) -> None:
+        """Play a hop's bandwidth from monotonic time t0_s on."""
+
+    def play_load(self, node: int, t0_s: float, dt_s: float, values: Sequence[float]) -> None:
+        """Play a node's load from monotonic time t0_s on."""
+
+
+@dataclass
+class _Open:
+    """A request on its way."""
+
+    scheduled_s: float
+    future: Future[Any]
+
+
+class LiveSystem:
+    """The nodes behind a client, stepped in real time (the `System` protocol, batch 1).
+
+    Args:
+        model: Profile, scenario and candidates.
+        client: Connected client.
+        source: Gives the input of the i-th request.
+        playback: Plays the scenario's conditions; None leaves hops and nodes as they are.
+        rate_rps: Mean arrival rate; the scenario's when None.
+    """
+
+    def __init__(
+        self,
+        model: CostModel,
+        client: ClientLike,
+        source: Callable[[int], Any],
+        playback: Playback | None = None,
+        rate_rps: float | None = None,
+    ) -> None:
+        self.model = model
+        self.scenario = model.scenario
+        self.client = client
+        self.rate_rps = model.rate_rps() if rate_rps is None else rate_rps
+        self.n_ref: F64 = np.array([self.rate_rps])
+        self.time_s = 0.0
+        self.last_output: Any = None
+        self._source, self._playback = source, playback
+        n_nodes = model.profile.n_nodes
+        self._probers = ThreadPoolExecutor(max(1, n_nodes - 1), thread_name_prefix="probe")
+        self._probes: list[tuple[int, float, Future[list[float]]]] = []
+        self._open: list[_Open] = []
+        self._sent = 0
+        self._cuts = np.zeros((1, n_nodes - 1), dtype=np.int64)
+
+    def reset(self, seed: int | None = None) -> SystemState:
+        """Finish what is open, then start the conditions that `seed` names."""
+        self._finish_open()
+        self._conditions = Conditions(self.scenario, self.n_ref, seed or 0)
+        n = self.scenario.steps_per_episode + 2
+        intervals = [self._conditions.next() for _ in range(n)]
+        self._arrivals = [i.arrival_offset_s for i in intervals]
+        self._interval = 0
+        start = time.monotonic() + LEAD_S
+        if self._playback is not None:
+            dt = self._conditions.substep_s
+            rates = np.concatenate([i.hop_bytes_per_s[0] for i in intervals], axis=1)
+            loads = 1.0 - np.concatenate([i.node_speed[0] for i in intervals], axis=1)
+            for hop, row in enumerate(rates / BYTES_PER_S_PER_MBPS):
+                self._playback.play_rate(hop, start, dt, row.tolist())
+            for node, row in enumerate(loads):
+                self._playback.play_load(node, start, dt, row.tolist())
+        self._start_s = self._end_s = start
+        self._arrival_rps = self.rate_rps
+        self._latency_ratio = 1.0
+        _sleep_until(start)
+        return self._state()
+
+    def step(self, cuts: NDArray[np.int64], probe_bytes: F64 | None = None) -> StepResult:
+        """Run one interval under a plan.
+
+        Args:
+            cuts: [1, H].
+            probe_bytes: [1, H] bytes to probe each hop with; 0 or None sends none.
+        """
+        begin, self._end_s = self._end_s, self._end_s + self.scenario.interval_s
+        self._cuts = np.array(cuts, dtype=np.int64)
+        plan = Plan(tuple(int(c) for c in cuts[0]))
+        offsets = self._arrivals[self._interval % len(self._arrivals)]
+        self._interval += 1
+        if probe_bytes is not None:
+            self._start_probes(probe_bytes[0])
+        record = IntervalRecord.zeros(1, self.model.profile.n_nodes)
+        refused: list[float] = []
+        for offset in offsets:
+            scheduled = begin + float(offset)
+            _sleep_until(scheduled)
+            try:
+                future = self.client.submit(self._source(self._sent), plan, scheduled)
+            except RequestError as error:
+                log.info("request refused: %s", error)
+                refused.append(scheduled)
+            else:
+                self._open.append(_Open(scheduled, future))
+            self._sent += 1
+        _sleep_until(self._end_s)
+        self.time_s = self._end_s - self._start_s
+        completed = self._collect(record, begin, self._end_s, refused)
+        record.arrived[0] = len(offsets)
+        smoothing = 1.0 - np.exp(-self.scenario.interval_s / ARRIVAL_SMOOTHING_S)
+        seen = len(offsets) / self.scenario.interval_s
+        self._arrival_rps += smoothing * (seen - self._arrival_rps)
+        if record.completed[0]:
+            mean = float(record.latency_sum_s[0] / record.completed[0])
+            self._latency_ratio = mean / self.model.references.latency_s
+        return StepResult(state=self._state(), record=record, completed=completed)
+
+    def drain(self) -> IntervalRecord:
+        """Wait until nothing is outstanding; returns what that spent."""
+        return self.drain_completed().record
+
+    def drain_completed(self) -> StepResult:
+        """As `drain`, with the requests that ended and the state after it."""
+        begin = self._end_s
+        self._finish_open()
+        self._end_s = max(begin, time.monotonic())
+        record = IntervalRecord.zeros(1, self.model.profile.n_nodes)
+        completed = self._collect(record, begin, self._end_s, [])
+        return StepResult(state=self._state(), record=record, completed=completed)
+
+    def close(self) -> None:
+        """Stop probing; the client stays its owner's."""
+        self._probers.shutdown(wait=True, cancel_futures=True)
+
+    def _finish_open(self) -> None:
+        for item in self._open:
+            item.future.exception()
+        for _, _, future in self._probes:
+            future.exception()
+
+    def _start_probes(self, probe_bytes: F64) -> None:
+        busy = {hop for hop, _, future in self._probes if not future.done()}
+        for hop, n_bytes in enumerate(probe_bytes):
+            if n_bytes > 0 and hop not in busy:
+                future = self._probers.submit(self.client.probe, hop, int(n_bytes), 1)
+                self._probes.append((hop, float(n_bytes), future))
+
+    def _collect(
+        self, record: IntervalRecord, begin: float, end: float, refused: list[float]
+    ) -> Completed:
+        """Account for an interval: what is still open, what ended, what probing took."""
+        spans: list[tuple[float, float]] = []
+        ended: list[tuple[float, float, Any]] = [(s, s, None) for s in refused]
+        still: list[_Open] = []
+        for item in self._open:
+            if not item.future.done():
+                still.append(item)
+                spans.append((max(item.scheduled_s, begin), end))
+                continue
+            error = item.future.exception()
+            if error is None:
+                reply = item.future.result()
+                self.last_output = reply.output
+                finished, done = float(reply.record.completed_s), reply.record
+            else:
+                log.warning("request failed: %s", error)
+                finished, done = end, None
+            # One that completed just past the boundary was seen in this interval all the same.
+            spans.append((max(item.scheduled_s, begin), max(finished, begin)))
+            ended.append((item.scheduled_s, finished, done))
+        self._open = still
+        record.outstanding_s[0] = sum(max(0.0, b - a) for a, b in spans)
+        record.union_s[0] = _union(spans)
+        for scheduled, finished, done in ended:
+            if done is None:
+                record.lost[0] += 1
+                continue
+            latency = finished - scheduled
+            record.completed[0] += 1
+            record.latency_sum_s[0] += latency
+            record.late[0] += latency > self.model.references.deadline_s
+            record.node_active_s[0] += done.work_s
+            record.node_busy_s[0] += done.stage_s
+            record.hop_transmit_s[0] += done.transmit_s
+        self._collect_probes(record)
+        return self._completed(ended)
+
+    def _collect_probes(self, record: IntervalRecord) -> None:
+        waiting = []
+        for hop, n_bytes, future in self._probes:
+            if not future.done():
+                waiting.append((hop, n_bytes, future))
+                continue
+            error = future.exception()
+            if isinstance(error, SplitpilotError):
+                log.warning("probe of hop %d failed: %s", hop, error)
+            elif error is not None:
+                raise error
+            else:
+                rate = self._rate(hop, self.client.status())
+                record.hop_transmit_s[0, hop] += n_bytes / rate
+        self._probes = waiting
+
+    def _completed(self, ended: list[tuple[float, float, Any]]) -> Completed:
+        n_nodes = self.model.profile.n_nodes
+        nodes, hops = (0.0,) * n_nodes, (0.0,) * (n_nodes - 1)
+        done = [d for _, _, d in ended]
+
+        def rows(name: str, empty: tuple[float, ...]) -> F64:
+            values = [getattr(d, name) if d is not None else empty for d in done]
+            return np.array(values, dtype=np.float64).reshape(len(done), len(empty))
+
+        cuts = [d.plan if d is not None else tuple(self._cuts[0]) for d in done]
+        return Completed(
+            env=np.zeros(len(done), dtype=np.int64),
+            arrival_s=np.array([s - self._start_s for s, _, _ in ended]),
+            completion_s=np.array([f - self._start_s for _, f, _ in ended]),
+            cuts=np.array(cuts, dtype=np.int64).reshape(len(done), n_nodes - 1),
+            stage_s=rows("stage_s", nodes),
+            work_s=rows("work_s", nodes),
+            transmit_s=rows("transmit_s", hops),
+            lost=np.array([d is None for d in done], dtype=bool),
+        )
+
+    def _rate(self, hop: int, status: Any) -> float:
+        node = status.get(hop)
+        measured = node.hop_bytes_per_s if node is not None else None
+        return float(measured or self.model.profile.hops[hop].bytes_per_s)
+
+    def _state(self) -> SystemState:
+        status = self.client.status()
+        now = time.monotonic()
+        hops, n_nodes = self.model.profile.hops, self.model.profile.n_nodes
+        ages, rtts, hop_backlog = [], [], []
+        for h, hop in enumerate(hops):
+            node = status.get(h)
+            measured = node is not None and node.hop_bytes_per_s
+            age = node.hop_age_s + now - node.received_s if measured else now - self._start_s
+            ages.append(max(0.0, age))
+            rtts.append((node.hop_rtt_s if node is not None else None) or hop.rtt_s)
+            hop_backlog.append(node.hop_backlog_bytes if node is not None else 0.0)
+        loads, backlogs = [], []
+        for k in range(n_nodes):
+            node = status.get(k)
+            loads.append(min(node.load, 0.9) if node is not None else 0.0)
+            backlogs.append(node.backlog_s if node is not None else 0.0)
+        return SystemState(
+            bytes_per_s=np.array([[self._rate(h, status) for h in range(len(hops))]]),
+            bandwidth_age_s=np.array([ages]),
+            rtt_s=np.array([rtts]),
+            node_load=np.array([loads], dtype=np.float64),
+            node_backlog_s=np.array([backlogs], dtype=np.float64),
+            hop_backlog_bytes=np.array([hop_backlog], dtype=np.float64),
+            arrival_rps=np.array([self._arrival_rps]),
+            in_flight=np.array([float(len(self._open))]),
+            cuts=self._cuts.copy(),
+            latency_ratio=np.array([self._latency_ratio]),
+        )
+
+
+def _sleep_until(t_s: float) -> None:
+    delay = t_s - time.monotonic()
+    if delay > 0:
+        time.sleep(delay)
+
+
+def _union(spans: list[tuple[float, float]]) -> float:
+    """Length of the union of intervals."""
+    total, reached = 0.0, float("-inf")
+    for begin, end in sorted(spans):
+        if end > reached:
+            total += end - max(begin, reached)
+            reached = end
+    return total

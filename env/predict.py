@@ -1,0 +1,211 @@
+"""The closed-form prediction of what each candidate plan would cost: the queue-aware solver.
+
+It is the solver's score, the prior of the learned policy and the expectation the guard compares
+with. Queues are treated as a fluid over a short horizon, plus the stochastic wait at the plan's
+slowest station.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from env.conditions import BYTES_PER_S_PER_MBPS, process_mean
+from env.cost import References
+from env.scenario import Scenario
+from executor.plan import Plan, candidate_plans, plan_mask
+from executor.profile import Profile
+
+if TYPE_CHECKING:
+    from env.state import SystemState
+
+__all__ = ["CostModel", "PlanTable", "Prediction"]
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+MAX_UTILISATION = np.float32(0.95)
+CACHED_NUMBERS = 32768
+
+
+class PlanTable:
+    """What each of A plans asks of each station.
+
+    Attributes:
+        cuts: [A, H].
+        work_s: [A, N] unloaded compute seconds (stage overhead included).
+        hop_bytes: [A, H], 0 where the hop is not crossed.
+        crossed: [A, H] 1.0 where the hop is crossed.
+    """
+
+    def __init__(self, profile: Profile, plans: Sequence[Plan]) -> None:
+        n, n_nodes = profile.spec.n_units, profile.n_nodes
+        prefix, sizes = profile.work_prefix_s(), profile.cut_bytes()
+        self.cuts = np.array([p.cuts for p in plans], dtype=np.int64)
+        bounds = np.concatenate(
+            [np.zeros((len(plans), 1), int), self.cuts, np.full((len(plans), 1), n)], axis=1
+        )
+        node = np.arange(n_nodes)
+        work = prefix[node, bounds[:, 1:]] - prefix[node, bounds[:, :-1]]
+        overhead = np.array([x.stage_overhead_s for x in profile.nodes])
+        self.work_s: F64 = work + overhead * (bounds[:, 1:] > bounds[:, :-1])
+        self.crossed: F64 = (self.cuts < n).astype(np.float64)
+        self.hop_bytes: F64 = sizes[self.cuts] * self.crossed
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Per request and candidate plan, shape [B, A] each: cost, and latency in seconds."""
+
+    cost: F32
+    latency_s: F32
+
+
+class CostModel:
+    """Predicts the cost per request of every candidate plan from a measured state.
+
+    Args:
+        profile: The measured costs.
+        scenario: Weights, interval, bounds, the constrained rule.
+        references: Units of the cost; from `profile` when None.
+        horizon_intervals: How far ahead queues are looked at, in intervals.
+    """
+
+    def __init__(
+        self,
+        profile: Profile,
+        scenario: Scenario,
+        references: References | None = None,
+        horizon_intervals: float = 2.0,
+    ) -> None:
+        self.profile = profile
+        self.scenario = scenario
+        self.references = references or References.of(profile, scenario)
+        every = candidate_plans(profile.spec, profile.n_nodes)
+        mask = plan_mask(every, profile.spec, constrained=scenario.constrained)
+        self.plans = tuple(p for p, ok in zip(every, mask, strict=True) if ok)
+        self.table = PlanTable(profile, self.plans)
+        self.horizon_s = horizon_intervals * scenario.interval_s
+        self._lay_out(profile)
+        self.capacity_rps = self._capacity()
+
+    def _lay_out(self, profile: Profile) -> None:
+        """Constants per plan and station (node 0, hop 0, node 1, ...: as requests meet them)."""
+        table, n_plans = self.table, len(self.plans)
+        n_stations = profile.n_nodes + len(profile.hops)
+        demand, fixed = np.zeros((2, n_stations, 1, n_plans), dtype=np.float32)
+        demand[0::2, 0] = table.work_s.T
+        demand[1::2, 0] = table.hop_bytes.T
+        frame_s = np.array([h.frame_overhead_s for h in profile.hops])
+        fixed[1::2, 0] = frame_s[:, None] * table.crossed.T
+        # A floor of 1 ns keeps every division below finite where a station is not used.
+        self._demand, self._fixed = demand, np.maximum(fixed, np.float32(1e-9))
+        self._used = (demand > 0).astype(np.float32)
+        self._crossed = np.ascontiguousarray(table.crossed.T, dtype=np.float32)
+        self._reply_bytes = np.float32(profile.spec.cut_bytes[-1])
+        powers = [n.power for n in profile.nodes]
+        w, ref = self.scenario.weights, self.references
+        edge = (w.edge_energy + w.total_energy) / ref.edge_j  # cost of a joule on the edge
+        other = w.total_energy / ref.edge_j  # and elsewhere
+        joule = np.array([edge] + [other] * (profile.n_nodes - 1))
+        watts = joule * [p.compute_w for p in powers]
+        self._active_cost = (table.work_s @ watts).astype(np.float32)
+        self._transmit_cost = [
+            np.float32(c * p.transmit_w) for c, p in zip(joule, powers[:-1], strict=False)
+        ]
+        self._idle_cost = np.float32(edge * powers[0].idle_w)
+        self._latency_cost = np.float32(w.latency / ref.latency_s)
+        self._lost_cost = np.float32(ref.lost_cost)
+        # Batches are worked in pieces whose arrays stay in the processor's cache.
+        self._piece = max(1, CACHED_NUMBERS // (n_stations * n_plans))
+
+    def _capacity(self) -> float:
+        """Capacity of the best static plan at the scenario's mean conditions, requests/s."""
+        speed = np.array([1.0 - process_mean(n.load) for n in self.scenario.nodes])
+        rate = np.array([process_mean(h.bandwidth) for h in self.scenario.hops])
+        seconds = np.empty((len(self.plans), len(self._demand)))
+        seconds[:, 0::2] = self.table.work_s / speed
+        seconds[:, 1::2] = self.table.hop_bytes / (rate * BYTES_PER_S_PER_MBPS)
+        return float(1.0 / seconds.max(axis=1).min())
+
+    def rate_rps(self) -> float:
+        """The scenario's mean arrival rate, requests/s."""
+        return self.scenario.rate_rps or self.scenario.capacity_fraction * self.capacity_rps
+
+    def predict(self, state: SystemState) -> Prediction:
+        """Predict each candidate's cost per request over the coming horizon.
+
+        Stations hold a backlog W0 (s); under arrivals at rate x service = rho the backlog moves as
+        max(0, W0 + (rho - 1) t), and its mean over the horizon is the wait there. The slowest
+        station adds the M/D/1 wait rho S / (2 (1 - rho)). What would overflow the in-flight bound
+        counts as lost.
+        """
+        columns = (state.node_load, state.bytes_per_s, state.node_backlog_s,
+                   state.hop_backlog_bytes, state.rtt_s, state.arrival_rps[:, None],
+                   state.in_flight[:, None])  # fmt: skip
+        if state.batch <= self._piece:
+            return Prediction(*self._predict(*columns))
+        pieces = [
+            self._predict(*(c[i : i + self._piece] for c in columns))
+            for i in range(0, state.batch, self._piece)
+        ]
+        return Prediction(*(np.concatenate(parts) for parts in zip(*pieces, strict=True)))
+
+    def _predict(
+        self,
+        node_load: F64,
+        bytes_per_s: F64,
+        node_backlog_s: F64,
+        hop_backlog_bytes: F64,
+        rtt_s: F64,
+        arrival_rps: F64,
+        in_flight: F64,
+    ) -> tuple[F32, F32]:
+        """Cost and latency, [b, A], of one piece of a batch."""
+        horizon = np.float32(self.horizon_s)
+        rate = np.maximum(bytes_per_s, 1.0)
+        unit_s = np.empty((len(self._demand), len(rate), 1), dtype=np.float32)
+        unit_s[0::2, :, 0] = (1.0 / (1.0 - node_load)).T
+        unit_s[1::2, :, 0] = (1.0 / rate).T
+        backlog_s = np.empty_like(unit_s)
+        backlog_s[0::2, :, 0] = node_backlog_s.T
+        backlog_s[1::2, :, 0] = hop_backlog_bytes.T
+        backlog_s *= unit_s
+        arrival = np.maximum(arrival_rps, 1e-3).astype(np.float32)
+
+        service_s = self._demand * unit_s  # [S, b, A]
+        service_s += self._fixed
+        through = 1.0 / np.maximum.accumulate(service_s, axis=0)
+        most_rps = through[-1]
+        # A station behind a saturated one sees no more than that one lets through.
+        drift = service_s.copy()
+        drift[0] *= arrival
+        drift[1:] *= np.minimum(through[:-1], arrival)
+        drift -= 1.0
+        end_s = drift * horizon
+        end_s += backlog_s
+        emptied = (backlog_s * backlog_s * (-0.5 / horizon)) / np.minimum(drift, -1e-6)
+        wait_s = np.where(end_s > 0.0, 0.5 * (end_s + backlog_s), emptied)
+        wait_s *= self._used
+        wait_s += service_s
+
+        busy = np.minimum(arrival / most_rps, MAX_UTILISATION)
+        latency_s = wait_s.sum(axis=0)
+        latency_s += busy / (most_rps * (2.0 - 2.0 * busy))
+        back_s = (rtt_s + self._reply_bytes / rate).astype(np.float32)
+        cost = np.zeros_like(latency_s)
+        for h, crossed in enumerate(self._crossed):
+            latency_s += back_s[:, h : h + 1] * crossed
+            cost += service_s[2 * h + 1] * self._transmit_cost[h]
+        cost += self._active_cost
+        cost += latency_s * self._latency_cost
+        union_s = -np.expm1(latency_s * -arrival) / arrival
+        cost += union_s * self._idle_cost
+        room = (in_flight - self.scenario.max_in_flight).astype(np.float32)
+        overflow = np.maximum(arrival - most_rps, 0.0) * horizon + room
+        lost = np.clip(overflow / (arrival * horizon), 0.0, 1.0)
+        cost += lost * self._lost_cost
+        return cost, latency_s

@@ -1,0 +1,132 @@
+"""What a controller sees, and the one encoder that turns it into an observation.
+
+The simulator, the real environment and deployment all build `SystemState` and encode it here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from env.predict import CostModel
+from env.scenario import Scenario
+
+__all__ = ["HISTORY", "Encoder", "SystemState", "idle_probes"]
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+I64 = NDArray[np.int64]
+
+HISTORY = 8
+MAX_EXCESS = 10.0
+# Fixed units, so that an encoder needs no statistics of the conditions it will meet.
+RATE_REF_BYTES_PER_S = 5e6
+RTT_REF_S = 0.02
+
+
+@dataclass
+class SystemState:
+    """The measured state at a decision, for a batch of B environments, N nodes, H hops.
+
+    Attributes:
+        bytes_per_s: [B, H] bandwidth as last measured from frames or probes.
+        bandwidth_age_s: [B, H] age of that measurement.
+        rtt_s: [B, H] round-trip time of an empty frame.
+        node_load: [B, N] share of the CPU taken by others, 0..0.9.
+        node_backlog_s: [B, N] unloaded seconds of work queued or running.
+        hop_backlog_bytes: [B, H] bytes handed to the hop and not yet received behind it.
+        arrival_rps: [B] arrivals per second, smoothed over the last intervals.
+        in_flight: [B] requests outstanding.
+        cuts: [B, H] the current plan.
+        latency_ratio: [B] last interval's mean observed latency / predicted (1 where unknown).
+    """
+
+    bytes_per_s: F64
+    bandwidth_age_s: F64
+    rtt_s: F64
+    node_load: F64
+    node_backlog_s: F64
+    hop_backlog_bytes: F64
+    arrival_rps: F64
+    in_flight: F64
+    cuts: I64
+    latency_ratio: F64
+
+    @property
+    def batch(self) -> int:
+        """Number of environments B."""
+        return len(self.arrival_rps)
+
+
+class Encoder:
+    """State history -> observation.
+
+    The observation has `HISTORY` blocks of `features` numbers, newest first, then 1 + A numbers:
+    log of the cheapest candidate's predicted cost, and each candidate's predicted cost above it
+    (clipped at 10). Units are fixed or the profile's; there are no running statistics to ship.
+
+    Per state: log bandwidth (to 5 MB/s), log1p of its age and log RTT (to 20 ms) per hop; load and
+    log1p backlog per node; log1p backlog (s) per hop; log of arrivals per edge-only latency;
+    in-flight share; current cuts / n; log latency ratio.
+
+    Args:
+        model: The cost model whose profile and plans normalise the state.
+    """
+
+    def __init__(self, model: CostModel) -> None:
+        self.model = model
+        profile, scenario = model.profile, model.scenario
+        n_hops, n_nodes = len(profile.hops), profile.n_nodes
+        self.features = 5 * n_hops + 2 * n_nodes + 3
+        self.size = HISTORY * self.features + 1 + len(model.plans)
+        self._interval_s = scenario.interval_s
+        self._inverse_n = 1.0 / profile.spec.n_units
+        self._edge_latency_s = model.references.latency_s
+        self._max_in_flight = float(scenario.max_in_flight)
+
+    def encode_state(self, state: SystemState) -> F32:
+        """One state's features, shape [B, features]."""
+        rate = np.maximum(state.bytes_per_s, 1.0)
+        columns = [
+            0.5 * np.log(rate / RATE_REF_BYTES_PER_S),
+            0.3 * np.log1p(state.bandwidth_age_s),
+            0.5 * np.log(np.maximum(state.rtt_s, 1e-4) / RTT_REF_S),
+            state.node_load,
+            np.log1p(state.node_backlog_s / self._interval_s),
+            np.log1p(state.hop_backlog_bytes / rate / self._interval_s),
+            np.log(np.maximum(state.arrival_rps, 1e-3) * self._edge_latency_s)[:, None],
+            (state.in_flight / self._max_in_flight)[:, None],
+            state.cuts * self._inverse_n,
+            np.log(np.clip(state.latency_ratio, 0.05, 20.0))[:, None],
+        ]
+        features = np.concatenate(columns, axis=1)
+        clipped: F32 = np.clip(features, -4.0, 4.0).astype(np.float32)
+        return clipped
+
+    def new_history(self, batch: int) -> F32:
+        """An empty history, shape [B, HISTORY * features]."""
+        return np.zeros((batch, HISTORY * self.features), dtype=np.float32)
+
+    def push(self, history: F32, state: SystemState) -> F32:
+        """A new history with `state` in front."""
+        keep = (HISTORY - 1) * self.features
+        pushed: F32 = np.concatenate([self.encode_state(state), history[:, :keep]], axis=1)
+        return pushed
+
+    def observe(self, history: F32, state: SystemState) -> F32:
+        """The observation, shape [B, size]; `history` already holds `state`."""
+        cost = self.model.predict(state).cost
+        cheapest = cost.min(axis=1, keepdims=True)
+        excess = np.minimum(cost - cheapest, MAX_EXCESS)
+        parts = [history, np.log(cheapest), excess]
+        observation: F32 = np.concatenate(parts, axis=1, dtype=np.float32, casting="same_kind")
+        return observation
+
+
+def idle_probes(state: SystemState, scenario: Scenario) -> F64:
+    """Bytes to probe each hop with, [B, H]: where no frame measured it for `probing.idle_s`."""
+    probing = scenario.probing
+    bytes_: F64 = np.where(state.bandwidth_age_s > probing.idle_s, probing.payload_bytes, 0.0)
+    return bytes_

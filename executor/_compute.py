@@ -1,0 +1,230 @@
+"""A node's compute: a fair, bounded queue, one thread that serves it, and what is left to do."""
+
+from __future__ import annotations
+
+import collections
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from executor.errors import SplitpilotError
+from executor.model import UnitChain
+from executor.pacing import Pacer
+from executor.profiler import profile_units
+from executor.wire import Header, array_of
+
+__all__ = ["ComputeThread", "FairQueue", "Job", "Outcome", "WorkEstimate"]
+
+_log = logging.getLogger(__name__)
+_SMOOTHING = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A stage to run, or a profile to take (`profile_repeats` set).
+
+    Attributes:
+        header: The request.
+        body: The stage's input.
+        start: First unit.
+        stop: One past the last unit.
+        profile_repeats: Timed passes per unit; 0 for a stage.
+    """
+
+    header: Header
+    body: memoryview | None = None
+    start: int = 0
+    stop: int = 0
+    profile_repeats: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a job: an output, unit times, or the reason it failed."""
+
+    job: Job
+    start_s: float
+    end_s: float
+    work_s: float = 0.0
+    output: NDArray[np.generic] | None = None
+    unit_s: tuple[float, ...] = ()
+    error: str = ""
+
+
+class FairQueue:
+    """Jobs of several clients: round-robin over clients, first come first served within one."""
+
+    def __init__(self, bound: int) -> None:
+        """Set the bound on queued jobs, all clients together."""
+        self._bound = bound
+        self._ready = threading.Condition()
+        self._clients: collections.OrderedDict[bytes, collections.deque[Job]] = (
+            collections.OrderedDict()
+        )
+        self._length = 0
+        self._closed = False
+
+    def __len__(self) -> int:
+        return self._length
+
+    def put(self, job: Job) -> bool:
+        """Queue a job; False if the bound is reached or the queue is closed."""
+        with self._ready:
+            if self._closed or self._length >= self._bound:
+                return False
+            self._clients.setdefault(job.header.client, collections.deque()).append(job)
+            self._length += 1
+            self._ready.notify()
+            return True
+
+    def get(self) -> Job | None:
+        """The next job, waiting for one; None once the queue is closed."""
+        with self._ready:
+            while not self._length and not self._closed:
+                self._ready.wait()
+            if self._closed:
+                return None
+            client, jobs = next(iter(self._clients.items()))
+            job = jobs.popleft()
+            self._length -= 1
+            if jobs:
+                self._clients.move_to_end(client)
+            else:
+                del self._clients[client]
+            return job
+
+    def close(self) -> None:
+        """Forget what is queued and let `get` return None."""
+        with self._ready:
+            self._closed = True
+            self._clients.clear()
+            self._length = 0
+            self._ready.notify_all()
+
+    def snapshot(self) -> list[Job]:
+        """The queued jobs, in no particular order."""
+        with self._ready:
+            return [job for jobs in self._clients.values() for job in jobs]
+
+
+class WorkEstimate:
+    """Unloaded seconds a stage is expected to take: profiled, or as measured so far."""
+
+    def __init__(self, n_units: int) -> None:
+        """Start knowing nothing: every stage counts 0 s until one was measured."""
+        self._n_units = n_units
+        self._prefix_s: NDArray[np.float64] | None = None
+        self._stage_s: dict[tuple[int, int], float] = {}
+        self._mean_unit_s = 0.0
+
+    def learn_profile(self, unit_s: tuple[float, ...]) -> None:
+        """Take the profile's unit seconds, n values; they stand from now on."""
+        self._prefix_s = np.concatenate([[0.0], np.cumsum(unit_s)])
+
+    def learn_stage(self, start: int, stop: int, work_s: float) -> None:
+        """Take one measured stage; used as long as there is no profile."""
+        old = self._stage_s.get((start, stop), work_s)
+        self._stage_s[start, stop] = old + _SMOOTHING * (work_s - old)
+        per_unit = work_s / (stop - start)
+        old = self._mean_unit_s or per_unit
+        self._mean_unit_s = old + _SMOOTHING * (per_unit - old)
+
+    def stage_s(self, start: int, stop: int) -> float:
+        """Expected unloaded seconds of units [start, stop)."""
+        if self._prefix_s is not None:
+            return float(self._prefix_s[stop] - self._prefix_s[start])
+        return self._stage_s.get((start, stop), self._mean_unit_s * (stop - start))
+
+
+class ComputeThread(threading.Thread):
+    """Serves the queue, one job at a time, at the pacer's speed."""
+
+    def __init__(
+        self,
+        chain: UnitChain,
+        pacer: Pacer,
+        queue: FairQueue,
+        device: torch.device,
+        on_done: Callable[[Outcome], None],
+    ) -> None:
+        """Prepare; `start` begins serving.
+
+        Args:
+            chain: The model.
+            pacer: Runs each stage.
+            queue: Where jobs come from; closing it ends the thread.
+            device: Where the chain's weights are.
+            on_done: Called on this thread with each outcome.
+        """
+        super().__init__(name="compute", daemon=True)
+        self.estimate = WorkEstimate(chain.spec.n_units)
+        self._chain = chain
+        self._pacer = pacer
+        self._queue = queue
+        self._device = device
+        self._on_done = on_done
+        self._current: tuple[Job, float] | None = None
+
+    def run(self) -> None:
+        """Serve until the queue is closed."""
+        while (job := self._queue.get()) is not None:
+            started_s = time.monotonic()
+            self._current = (job, started_s)
+            try:
+                outcome = self._profile(job) if job.profile_repeats else self._stage(job)
+            except SplitpilotError as error:
+                outcome = Outcome(job, started_s, time.monotonic(), error=str(error))
+            except Exception as error:
+                # Whatever a request's bytes make torch raise fails that request, not the node.
+                _log.warning("units [%d, %d) failed: %s", job.start, job.stop, error)
+                reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+                outcome = Outcome(job, started_s, time.monotonic(), error=reason)
+            self._current = None
+            self._on_done(outcome)
+
+    def backlog_s(self, now_s: float) -> float:
+        """Unloaded seconds of work queued, with what remains of the current job.
+
+        A profile being taken counts as nothing: it is asked for, not part of the load.
+        """
+        jobs = self._queue.snapshot()
+        total_s = sum(self.estimate.stage_s(job.start, job.stop) for job in jobs)
+        current = self._current
+        if current is not None and not current[0].profile_repeats:
+            job, started_s = current
+            done_s = max(0.0, now_s - started_s) * (1.0 - self._load(now_s))
+            total_s += max(0.0, self.estimate.stage_s(job.start, job.stop) - done_s)
+        return total_s
+
+    def _load(self, now_s: float) -> float:
+        return self._pacer.load.value_at(now_s) if self._pacer.ratio is not None else 0.0
+
+    def _stage(self, job: Job) -> Outcome:
+        """Run units [start, stop) on the body."""
+        array = array_of(job.header, job.body)
+
+        def compute() -> NDArray[np.generic]:
+            x = torch.from_numpy(array).to(self._device)
+            y = self._chain.run(x, job.start, job.stop)
+            result: NDArray[np.generic] = y.cpu().contiguous().numpy()
+            return result
+
+        start_s = time.monotonic()
+        output, work_s = self._pacer.run(compute)
+        end_s = time.monotonic()
+        self.estimate.learn_stage(job.start, job.stop, work_s)
+        return Outcome(job, start_s, end_s, work_s, output)
+
+    def _profile(self, job: Job) -> Outcome:
+        """Time every unit at this node's speed, without its background load."""
+        start_s = time.monotonic()
+        pacer = Pacer(self._pacer.ratio)
+        unit_s = tuple(profile_units(self._chain, pacer.run, repeats=job.profile_repeats))
+        self.estimate.learn_profile(unit_s)
+        return Outcome(job, start_s, time.monotonic(), unit_s=unit_s)

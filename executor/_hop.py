@@ -1,0 +1,212 @@
+"""The sending side of one hop, without sockets: outbox, backlog, clock, pings and probes.
+
+The node's loop sends what lies in `outbox` and hands back what the neighbour answers. A frame
+counts as backlog until the neighbour acknowledges it, because ZeroMQ, the kernel and the link all
+hold bytes that nobody else sees.
+"""
+
+from __future__ import annotations
+
+import collections
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from executor.link import ClockOffset, PassiveEstimator
+from executor.wire import Header, HopStamp, Kind, StageStamp, array_body, pack
+
+__all__ = ["Hop", "Parts", "ProbeRun", "localise"]
+
+Parts = list[bytes | memoryview]
+
+_PING_PERIOD_S = 0.5
+_FIRST_PINGS = 8
+_FIRST_PING_PERIOD_S = 0.05
+_PING_LOST_S = 1.0
+_MAX_OUTBOX = 1024
+_PROBE_LOST_S = 60.0
+
+
+@dataclass(slots=True)
+class ProbeRun:
+    """A client's probe of this hop: `repeats` round trips of a payload, one after the other."""
+
+    request: Header
+    payload_bytes: int
+    repeats: int
+    seq: int = 0
+    sent_s: float = 0.0
+    rtts_s: list[float] = field(default_factory=list)
+
+
+class Hop:
+    """What a node (or the client) knows of the hop to its next neighbour.
+
+    Attributes:
+        outbox: Messages to send, oldest first; the owner takes them out.
+        rate: Passive bandwidth estimate from acknowledged frames.
+        clock: Offset of the neighbour's clock to ours, and the least round trip.
+    """
+
+    def __init__(self, own_id: bytes) -> None:
+        """Start with nothing known; `own_id` (16 bytes) marks this sender's own pings."""
+        self.outbox: collections.deque[Parts] = collections.deque()
+        self.rate = PassiveEstimator()
+        self.clock = ClockOffset()
+        self._own_id = own_id
+        self._seq = 0
+        self._unacked: collections.deque[tuple[bytes, int, int, float]] = collections.deque()
+        self._ping_seq = -1
+        self._ping_sent_s = float("-inf")
+        self._pings = 0
+        self._probe: ProbeRun | None = None
+        self._probes: collections.deque[ProbeRun] = collections.deque()
+
+    @property
+    def backlog_bytes(self) -> int:
+        """Body bytes handed to the hop and not acknowledged."""
+        return self.rate.unacked_bytes
+
+    @property
+    def backlog_frames(self) -> int:
+        """Requests handed to the hop and not acknowledged."""
+        return sum(1 for entry in self._unacked if entry[2])
+
+    @property
+    def one_way_s(self) -> float:
+        """Propagation delay of the hop; 0 until a frame was acknowledged."""
+        return (self.rate.rtt_s or 0.0) / 2.0
+
+    def send(self, header: Header, body: memoryview | None, now_s: float) -> None:
+        """Queue a request or ping, and count it until it is acknowledged."""
+        self._put(header, body)
+        self._unacked.append((header.client, header.seq, header.body_bytes, now_s))
+        self.rate.on_sent(header.body_bytes, now_s)
+
+    def forward(self, header: Header, body: memoryview | None) -> None:
+        """Queue a message that nobody acknowledges (control frames).
+
+        Dropped where the outbox is overlong, as it gets when the neighbour is away: whoever asked
+        has a deadline and asks again.
+        """
+        if len(self.outbox) < _MAX_OUTBOX:
+            self._put(header, body)
+
+    def _put(self, header: Header, body: memoryview | None) -> None:
+        self.outbox.append([pack(header)] if body is None else [pack(header), body])
+
+    def on_ack(self, header: Header, now_s: float) -> None:
+        """Take an ACK or PONG: the neighbour has the frame, and all frames before it.
+
+        Those before it that were never acknowledged were lost with a connection.
+        """
+        key = (header.client, header.seq)
+        position = next((i for i, e in enumerate(self._unacked) if e[:2] == key), None)
+        if position is None:
+            return
+        if position > 0:
+            for _ in range(position):
+                self._unacked.popleft()
+            self.rate.on_lost()
+            for _, _, n_bytes, sent_s in self._unacked:
+                self.rate.on_sent(n_bytes, sent_s)
+        self._unacked.popleft()
+        self.rate.on_ack(self.clock.to_local(header.clock_s[1]), now_s)
+
+    def on_pong(self, header: Header, now_s: float) -> ProbeRun | None:
+        """Take a PONG; returns the probe that it completed, if any."""
+        if header.client != self._own_id:
+            return None
+        sent_s, received_s, replied_s = header.clock_s
+        if header.seq == self._ping_seq:
+            self._ping_seq = -1
+            self.clock.add(sent_s, received_s, replied_s, now_s)
+        self.on_ack(header, now_s)
+        probe = self._probe
+        if probe is None or header.seq != probe.seq:
+            return None
+        probe.rtts_s.append(now_s - sent_s)
+        if len(probe.rtts_s) >= probe.repeats:
+            return self._next_probe(now_s)
+        self._send_probe(probe, now_s)
+        return None
+
+    def probe(self, run: ProbeRun, now_s: float) -> None:
+        """Begin a probe, after those already under way."""
+        self._probes.append(run)
+        if self._probe is None:
+            self._next_probe(now_s)
+
+    def due_s(self) -> float:
+        """When the next ping is due, if the outbox is empty then."""
+        if self._ping_seq >= 0:
+            # Late behind a backlog, or lost with a connection: the node may be back by now.
+            return self._ping_sent_s + _PING_LOST_S
+        early = self._pings < _FIRST_PINGS
+        return self._ping_sent_s + (_FIRST_PING_PERIOD_S if early else _PING_PERIOD_S)
+
+    def tick(self, now_s: float) -> ProbeRun | None:
+        """Send a ping when one is due; returns a probe that got no answer and was given up."""
+        lost = None
+        if self._probe is not None and now_s - self._probe.sent_s > _PROBE_LOST_S:
+            lost = self._next_probe(now_s)
+        if not self.outbox and now_s >= self.due_s():
+            self._pings += 1
+            self._ping_sent_s = now_s
+            self._ping_seq = self._ping(None, now_s)
+        return lost
+
+    def _send_probe(self, probe: ProbeRun, now_s: float) -> None:
+        probe.sent_s = now_s
+        probe.seq = self._ping(np.zeros(probe.payload_bytes, np.uint8), now_s)
+
+    def _next_probe(self, now_s: float) -> ProbeRun | None:
+        """End the probe under way, which is returned, and begin the next one."""
+        ended = self._probe
+        self._probe = self._probes.popleft() if self._probes else None
+        if self._probe is not None:
+            self._send_probe(self._probe, now_s)
+        return ended
+
+    def _ping(self, payload: NDArray[np.uint8] | None, now_s: float) -> int:
+        self._seq += 1
+        header = Header(Kind.PING, client=self._own_id, seq=self._seq, clock_s=(now_s, 0.0, 0.0))
+        body = None if payload is None else array_body(header, payload)
+        self.send(header, body, now_s)
+        return self._seq
+
+
+def localise(header: Header, hop: int, offset_s: float, one_way_s: float) -> None:
+    """Convert the stamps that nodes after hop `hop` made into the clock of the node before it.
+
+    Applied at every hop on the way back, so the client reads all stamps in its own clock.
+
+    Args:
+        header: A RESULT's header, changed in place.
+        hop: Index of the hop it came over; -1 for the way from the first node to the client.
+        offset_s: The far clock minus the near one.
+        one_way_s: The hop's propagation delay; the hop's own `free_s` is raised to the earliest
+            moment at which its frame could have arrived.
+    """
+    for j in range(hop + 1, len(header.stages)):
+        stage = header.stages[j]
+        if stage.arrive_s:
+            shift_s = offset_s if stage.start_s else 0.0
+            header.stages[j] = StageStamp(
+                stage.arrive_s - offset_s,
+                stage.start_s - shift_s,
+                stage.end_s - shift_s,
+                stage.work_s,
+            )
+    for h in range(max(hop, 0), len(header.hops)):
+        sent_s, received_s, free_s = header.hops[h]
+        if not received_s:
+            continue
+        received_s -= offset_s
+        free_s -= offset_s
+        if h == hop:
+            free_s = max(free_s, sent_s + one_way_s)
+        else:
+            sent_s -= offset_s
+        header.hops[h] = HopStamp(sent_s, received_s, min(free_s, received_s))

@@ -1,0 +1,130 @@
+"""ZeroMQ sockets with the settings every hop wants: small buffers, bounded queues, CURVE."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import zmq
+import zmq.auth
+from zmq.auth.thread import ThreadAuthenticator
+
+from executor.cluster import Cluster, NodeConfig
+from executor.errors import ConfigError
+from executor.wire import MAX_BODY_BYTES
+
+__all__ = ["authenticate", "bind_router", "connect_dealer"]
+
+_log = logging.getLogger(__name__)
+
+# Kernel buffers hide a slow hop's backlog from its sender; they are kept small on purpose.
+_BUFFER_BYTES = 64 * 1024
+# Messages ZeroMQ may hold towards a peer. Down the chain the node's own outbox does the queueing,
+# where it can be seen and bounded; up the chain there are only small replies.
+_DOWN_HWM = 2
+_UP_HWM = 1000
+
+
+def bind_router(
+    ctx: zmq.Context[zmq.Socket[bytes]], cluster: Cluster, node: NodeConfig
+) -> tuple[zmq.Socket[bytes], int]:
+    """The socket on which a node serves; returns it and its port.
+
+    Raises:
+        ConfigError: The address cannot be bound, or a key is missing.
+    """
+    socket = ctx.socket(zmq.ROUTER)
+    try:
+        _set_common(socket)
+        socket.set(zmq.ROUTER_MANDATORY, 1)
+        socket.set(zmq.SNDHWM, _UP_HWM)
+        socket.set(zmq.RCVHWM, cluster.max_queue)
+        # A larger message costs its sender the connection before it costs us the memory.
+        socket.set(zmq.MAXMSGSIZE, MAX_BODY_BYTES)
+        if cluster.keys_dir is not None:
+            socket.set(zmq.CURVE_SERVER, 1)
+            _set_own_keys(socket, Path(cluster.keys_dir), node.name)
+        socket.bind(node.bind_endpoint())
+    except zmq.ZMQError as error:
+        socket.close(0)
+        raise ConfigError(
+            f"node {node.name} cannot bind {node.host}:{node.port}: {error}"
+        ) from None
+    except ConfigError:
+        socket.close(0)
+        raise
+    endpoint = socket.getsockopt(zmq.LAST_ENDPOINT)
+    assert isinstance(endpoint, bytes)
+    return socket, int(endpoint.rstrip(b"\0").rpartition(b":")[2])
+
+
+def connect_dealer(
+    ctx: zmq.Context[zmq.Socket[bytes]], cluster: Cluster, target: NodeConfig, own_name: str
+) -> zmq.Socket[bytes]:
+    """The socket on which `own_name` talks to the node after it.
+
+    Raises:
+        ConfigError: The target's address cannot be dialled, or a key is missing.
+    """
+    endpoint = target.connect_endpoint()
+    socket = ctx.socket(zmq.DEALER)
+    try:
+        _set_common(socket)
+        socket.set(zmq.SNDHWM, _DOWN_HWM)
+        socket.set(zmq.RCVHWM, _UP_HWM)
+        socket.set(zmq.MAXMSGSIZE, MAX_BODY_BYTES)
+        socket.set(zmq.RECONNECT_IVL, 50)
+        socket.set(zmq.RECONNECT_IVL_MAX, 1000)
+        if cluster.keys_dir is not None:
+            keys = Path(cluster.keys_dir)
+            _set_own_keys(socket, keys, own_name)
+            socket.set(zmq.CURVE_SERVERKEY, _load(keys / f"{target.name}.key")[0])
+        socket.connect(endpoint)
+    except zmq.ZMQError as error:
+        socket.close(0)
+        raise ConfigError(f"cannot dial node {target.name} at {endpoint}: {error}") from None
+    except ConfigError:
+        socket.close(0)
+        raise
+    return socket
+
+
+def authenticate(
+    ctx: zmq.Context[zmq.Socket[bytes]], cluster: Cluster
+) -> ThreadAuthenticator | None:
+    """Start admitting the public keys in `keys_dir`, and no others; None without keys.
+
+    The caller stops what it gets. It must be started before the first bind.
+    """
+    if cluster.keys_dir is None:
+        return None
+    if not Path(cluster.keys_dir).is_dir():
+        raise ConfigError(f"keys_dir {cluster.keys_dir} is no folder")
+    authenticator = ThreadAuthenticator(ctx, log=_log)
+    authenticator.start()
+    authenticator.configure_curve(domain="*", location=cluster.keys_dir)
+    return authenticator
+
+
+def _set_common(socket: zmq.Socket[bytes]) -> None:
+    socket.set(zmq.LINGER, 0)
+    socket.set(zmq.SNDBUF, _BUFFER_BYTES)
+    socket.set(zmq.RCVBUF, _BUFFER_BYTES)
+    socket.set(zmq.IPV6, 1)
+
+
+def _set_own_keys(socket: zmq.Socket[bytes], keys: Path, name: str) -> None:
+    public, secret = _load(keys / f"{name}.key_secret")
+    if secret is None:
+        raise ConfigError(f"{keys / name}.key_secret holds no secret key")
+    socket.set(zmq.CURVE_PUBLICKEY, public)
+    socket.set(zmq.CURVE_SECRETKEY, secret)
+
+
+def _load(path: Path) -> tuple[bytes, bytes | None]:
+    try:
+        return zmq.auth.load_certificate(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"cannot read CURVE key {path}: {error}; make keys with zmq.auth.create_certificates"
+        ) from None

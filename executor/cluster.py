@@ -1,0 +1,292 @@
+"""cluster.toml: which nodes make up the chain, where they listen and who may talk to them.
+
+    model = "mobilenet_v2"
+    weights = "none"
+
+    [[nodes]]
+    name = "edge"
+    host = "127.0.0.1"
+    port = 5550
+    device = "pi4"
+
+    [[nodes]]
+    name = "cloud"
+    host = "192.168.1.20"
+    port = 5551
+    device = "server"
+    connect = "192.168.1.20:5551"    # what the node before it dials; host:port unless given
+
+The nodes stand in the order of the chain. Off loopback a node wants CURVE keys (`keys_dir`, with
+`NAME.key` and `NAME.key_secret` per node and for the client, as written by
+`zmq.auth.create_certificates`) or the explicit `--insecure`.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import re
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from executor.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["CLIENT_KEY_NAME", "Cluster", "NodeConfig", "is_loopback"]
+
+CLIENT_KEY_NAME = "client"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_WILDCARDS = ("*", "0.0.0.0", "::")
+
+
+@dataclass(frozen=True)
+class NodeConfig:
+    """One node of the chain.
+
+    Attributes:
+        name: Role, e.g. "edge"; letters, digits, `_`, `.`, `-`.
+        host: Address the node binds.
+        port: TCP port the node binds; 0 takes any free one (the node prints it when it serves).
+        connect_host: What the neighbour before it (the client, for the first) dials; `host` unless
+            given. In the testbed this is the relay.
+        connect_port: Port to dial; `port` unless given.
+        device: Device class, which picks the power figures ("pi4", "laptop", "server", ...).
+        torch_device: "cpu" or "cuda".
+    """
+
+    name: str
+    host: str
+    port: int
+    connect_host: str = ""
+    connect_port: int = 0
+    device: str = "laptop"
+    torch_device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
+            raise ConfigError(
+                f"node name must be letters, digits, '_', '.' or '-' (at most 64), got "
+                f"{self.name!r}"
+            )
+        if self.name == CLIENT_KEY_NAME:
+            raise ConfigError(f"node name {self.name!r} is taken by the client's keys; rename it")
+        for field in ("host", "connect_host", "device", "torch_device"):
+            if not isinstance(getattr(self, field), str):
+                raise ConfigError(
+                    f"node {self.name}: {field} must be a string, got {getattr(self, field)!r}"
+                )
+        for field in ("port", "connect_port"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 65535:
+                raise ConfigError(f"node {self.name}: {field} must be in 0..65535, got {value!r}")
+        if not self.host or any(c.isspace() or c == "/" for c in self.host + self.connect_host):
+            raise ConfigError(f"node {self.name}: host must be an address, got {self.host!r}")
+        if not self.connect_host:
+            if self.host in _WILDCARDS and self.connect_port:
+                raise ConfigError(f"node {self.name}: connect needs a host, bound is {self.host}")
+            object.__setattr__(self, "connect_host", self.host)
+        if not self.connect_port:
+            object.__setattr__(self, "connect_port", self.port)
+
+    def bind_endpoint(self) -> str:
+        """ZeroMQ endpoint this node binds (port 0 becomes a wildcard)."""
+        return f"tcp://{_bracket(self.host)}:{self.port or '*'}"
+
+    def connect_endpoint(self) -> str:
+        """ZeroMQ endpoint the neighbour before this node dials.
+
+        Raises:
+            ConfigError: The address to dial is a wildcard or its port is not known.
+        """
+        if self.connect_host in _WILDCARDS or not self.connect_port:
+            raise ConfigError(
+                f"node {self.name}: cannot dial {self.connect_host}:{self.connect_port}; "
+                f'set connect = "host:port"'
+            )
+        return f"tcp://{_bracket(self.connect_host)}:{self.connect_port}"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The chain of nodes and the model they run.
+
+    Attributes:
+        model: Model name, one of `executor.model.MODELS`.
+        weights: "none" (seeded), "DEFAULT" (torchvision's) or a path to a state dict.
+        nodes: The chain, N >= 2 nodes in order.
+        max_queue: Requests a node queues before it refuses.
+        threads: Torch threads per node; None takes torch's own choice (the testbed uses 1).
+        keys_dir: Folder of CURVE certificates; None means plain TCP.
+    """
+
+    model: str
+    weights: str
+    nodes: tuple[NodeConfig, ...]
+    max_queue: int = 64
+    threads: int | None = None
+    keys_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("model", "weights"):
+            value = getattr(self, field)
+            if not isinstance(value, str) or not value:
+                raise ConfigError(f"cluster: {field} must be a non-empty string, got {value!r}")
+        if len(self.nodes) < 2:
+            raise ConfigError(f"cluster: a chain needs at least 2 nodes, got {len(self.nodes)}")
+        names = [node.name for node in self.nodes]
+        if len(set(names)) != len(names):
+            raise ConfigError(f"cluster: node names must differ, got {names}")
+        if not _positive_int(self.max_queue):
+            raise ConfigError(f"cluster: max_queue must be a positive count, got {self.max_queue}")
+        if self.threads is not None and not _positive_int(self.threads):
+            raise ConfigError(f"cluster: threads must be a positive count, got {self.threads}")
+        if self.keys_dir is not None and not isinstance(self.keys_dir, str):
+            raise ConfigError(f"cluster: keys_dir must be a folder's path, got {self.keys_dir!r}")
+
+    @property
+    def n_nodes(self) -> int:
+        """Number of nodes N."""
+        return len(self.nodes)
+
+    def index(self, name: str) -> int:
+        """Position of node `name` in the chain.
+
+        Raises:
+            ConfigError: No node has that name; lists the names there are.
+        """
+        for i, node in enumerate(self.nodes):
+            if node.name == name:
+                return i
+        known = ", ".join(node.name for node in self.nodes)
+        raise ConfigError(f"unknown role {name!r}; the cluster has: {known}")
+
+    def check_exposure(self, node: NodeConfig, insecure: bool) -> None:
+        """Refuse to listen off loopback without keys.
+
+        Raises:
+            ConfigError: `node` would bind a reachable address, there are no CURVE keys, and the
+                caller did not say `insecure`.
+        """
+        if self.keys_dir is None and not insecure and not is_loopback(node.host):
+            raise ConfigError(
+                f"node {node.name}: {node.host} is reachable from outside and no keys are set; "
+                f"give keys_dir (CURVE), or pass --insecure"
+            )
+
+    @classmethod
+    def from_toml(cls, text: str, where: str = "cluster.toml", base: Path | None = None) -> Cluster:
+        """Read a cluster from TOML text.
+
+        Args:
+            text: The TOML.
+            where: What to call it in errors.
+            base: Folder that a relative `keys_dir` or weights path is relative to.
+
+        Raises:
+            ConfigError: The text is no TOML, or a key is missing, unknown or has a bad value.
+        """
+        try:
+            raw = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{where}: not valid TOML ({error})") from error
+        _known(raw, {f.name for f in fields(cls)}, where)
+        nodes = raw.pop("nodes", None)
+        if not isinstance(nodes, list) or not all(isinstance(node, dict) for node in nodes):
+            raise ConfigError(f"{where}: expected [[nodes]] tables")
+        raw.setdefault("weights", "none")
+        if "model" not in raw:
+            raise ConfigError(f'{where}: expected a top-level model = "..."')
+        if base is not None:
+            if isinstance(raw.get("keys_dir"), str):
+                raw["keys_dir"] = str((base / raw["keys_dir"]).absolute())
+            if isinstance(raw["weights"], str) and raw["weights"] not in ("none", "DEFAULT"):
+                raw["weights"] = str((base / raw["weights"]).absolute())
+        try:
+            return cls(nodes=tuple(_node(node) for node in nodes), **raw)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from error
+
+    @classmethod
+    def load(cls, path: Path) -> Cluster:
+        """Read a cluster from the file `path`.
+
+        Raises:
+            ConfigError: The file is unreadable or its content is wrong; names the file.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read cluster file {path}: {error}") from error
+        return cls.from_toml(text, str(path), path.parent)
+
+    def to_toml(self) -> str:
+        """The cluster as TOML text, which `from_toml` reads back equal."""
+        lines = [f"model = {_quote(self.model)}", f"weights = {_quote(self.weights)}"]
+        lines.append(f"max_queue = {self.max_queue}")
+        if self.threads is not None:
+            lines.append(f"threads = {self.threads}")
+        if self.keys_dir is not None:
+            lines.append(f"keys_dir = {_quote(self.keys_dir)}")
+        for node in self.nodes:
+            lines += ["", "[[nodes]]", f"name = {_quote(node.name)}", f"host = {_quote(node.host)}"]
+            lines += [f"port = {node.port}", f"device = {_quote(node.device)}"]
+            lines.append(f"torch_device = {_quote(node.torch_device)}")
+            if (node.connect_host, node.connect_port) != (node.host, node.port):
+                connect = f"{_bracket(node.connect_host)}:{node.connect_port}"
+                lines.append(f"connect = {_quote(connect)}")
+        return "\n".join(lines) + "\n"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` can only be reached from this machine."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _node(raw: dict[str, Any]) -> NodeConfig:
+    """Build a node from its TOML table."""
+    where = f"node {raw.get('name', '?')}"
+    known = {"name", "host", "port", "device", "torch_device", "connect"}
+    _known(raw, known, where)
+    missing = sorted({"name", "host", "port"} - raw.keys())
+    if missing:
+        raise ConfigError(f"{where}: missing {', '.join(missing)}")
+    raw = dict(raw)
+    connect = raw.pop("connect", None)
+    if connect is not None:
+        match = re.fullmatch(r"\[?([^\]\s]+?)\]?:(\d{1,5})", str(connect))
+        if not match:
+            raise ConfigError(f'{where}: connect must be "host:port", got {connect!r}')
+        raw["connect_host"], raw["connect_port"] = match[1], int(match[2])
+    return NodeConfig(**raw)
+
+
+def _known(raw: dict[str, Any], known: set[str], where: str) -> None:
+    """Refuse keys nobody reads: a misspelt setting must not pass for a default."""
+    unknown = sorted(raw.keys() - known)
+    if unknown:
+        raise ConfigError(f"{where}: unknown {', '.join(unknown)}; known: {sorted(known)}")
+
+
+def _positive_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _bracket(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _quote(text: str) -> str:
+    """A TOML basic string; JSON's escapes are a subset of TOML's, bar DEL."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

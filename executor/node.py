@@ -1,0 +1,319 @@
+"""One node of the chain: `python -m executor.node --role fog --cluster cluster.toml`.
+
+One thread moves frames, one computes. Prints "READY port" once it serves; ends with 0 on SIGTERM
+or SIGINT, and with 2 and one line on stderr when its settings are wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import json
+import logging
+import os
+import platform
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import zmq
+
+from executor._compute import ComputeThread, FairQueue, Outcome
+from executor._hop import Parts
+from executor._load import HostLoad
+from executor._nodecore import CoreConfig, NodeCore
+from executor._sockets import authenticate, bind_router, connect_dealer
+from executor.cluster import Cluster
+from executor.energy import best_meter
+from executor.errors import ConfigError
+from executor.model import build_chain, sample_input
+from executor.pacing import LoadTrace, Pacer
+
+__all__ = ["Node", "main"]
+
+_log = logging.getLogger(__name__)
+
+_MAX_WAIT_MS = 100
+_MESSAGES_PER_TURN = 16
+_END_WAIT_S = 5.0
+
+
+class Node:
+    """A serving node: sockets, protocol core and compute thread."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        role: str,
+        *,
+        torch_device: str | None = None,
+        ratio: float | None = None,
+        insecure: bool = False,
+    ) -> None:
+        """Bind, build the model and start computing; `serve` then moves frames.
+
+        Args:
+            cluster: The chain.
+            role: This node's name in it.
+            torch_device: Overrides the cluster's device for this node.
+            ratio: Emulated slowness, see `executor.pacing.Pacer`; None runs at full speed.
+            insecure: Allow listening off loopback without keys.
+
+        Raises:
+            ConfigError: A setting is wrong, or the port is taken.
+        """
+        index = cluster.index(role)
+        config = cluster.nodes[index]
+        cluster.check_exposure(config, insecure)
+        device = torch_device or config.torch_device
+        self._pacer = Pacer(ratio)
+        self._host_load = HostLoad()
+        self._stopping = False
+        self._router: zmq.Socket[bytes] | None = None
+        self._dealer: zmq.Socket[bytes] | None = None
+        self._compute: ComputeThread | None = None
+        self._outcomes: collections.deque[Outcome] = collections.deque()
+        self._jobs = FairQueue(cluster.max_queue)
+        self._wake_read, self._wake_write = socket.socketpair()
+        self._wake_read.setblocking(False)
+        self._wake_write.setblocking(False)
+        self._ctx: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._auth = None
+        try:
+            meter = best_meter(config.device, emulated=ratio is not None, torch_device=device)
+            self._auth = authenticate(self._ctx, cluster)
+            self._router, self.port = bind_router(self._ctx, cluster, config)
+            if index < cluster.n_nodes - 1:
+                following = cluster.nodes[index + 1]
+                self._dealer = connect_dealer(self._ctx, cluster, following, role)
+            chain = build_chain(cluster.model, cluster.weights, device=device)
+            # The first pass builds kernels; no request should pay for that.
+            chain.run(sample_input(0).to(chain.device), 0, chain.spec.n_units)
+            hello = {
+                "name": role,
+                "model": cluster.model,
+                "digest": chain.digest,
+                "n_units": chain.spec.n_units,
+                "input_bytes": chain.spec.cut_bytes[0],
+                "device": config.device,
+                "torch_device": device,
+                "torch": torch.__version__,
+                "machine": platform.machine(),
+                "ratio": ratio,
+                "meter": meter.name,
+                "pid": os.getpid(),
+            }
+            core_config = CoreConfig(
+                index=index,
+                n_nodes=cluster.n_nodes,
+                spec=chain.spec,
+                digest=bytes.fromhex(chain.digest),
+                max_queue=cluster.max_queue,
+                hello=hello,
+            )
+            self._core = NodeCore(core_config, self._jobs, self._measure, meter)
+            self._compute = ComputeThread(
+                chain, self._pacer, self._jobs, chain.device, self._on_done
+            )
+            self._compute.start()
+        except BaseException:
+            self.close()
+            raise
+
+    def serve(self, control_fd: int | None = None) -> None:
+        """Move frames until `stop`, or until `control_fd` (JSON lines) ends."""
+        poller = zmq.Poller()
+        for source in (self._router, self._wake_read, self._dealer, control_fd):
+            if source is not None:
+                poller.register(source, zmq.POLLIN)
+        control = b""
+        while not self._stopping:
+            if self._dealer is not None and self._core.hop is not None:
+                writing = zmq.POLLOUT if self._core.hop.outbox else 0
+                poller.modify(self._dealer, zmq.POLLIN | writing)
+            wait_s = self._core.due_s(time.monotonic())
+            ready = dict(poller.poll(min(_MAX_WAIT_MS, int(wait_s * 1000) + 1)))
+            if control_fd is not None and control_fd in ready:
+                data = _read(control_fd)
+                if not data:
+                    return
+                *lines, control = (control + data).split(b"\n")
+                for line in lines:
+                    self._control(line)
+            self._turn()
+
+    def stop(self) -> None:
+        """Let `serve` return; may be called from a signal handler or another thread."""
+        self._stopping = True
+        self._wake()
+
+    def close(self) -> bool:
+        """Close every socket; returns whether the compute thread has ended too."""
+        self._jobs.close()
+        for end in (self._router, self._dealer):
+            if end is not None:
+                end.close(0)
+        if self._auth is not None:
+            self._auth.stop()
+        self._ctx.term()
+        ended = True
+        if self._compute is not None and self._compute.ident is not None:
+            self._compute.join(_END_WAIT_S)
+            ended = not self._compute.is_alive()
+        if ended:
+            self._wake_read.close()
+            self._wake_write.close()
+        return ended
+
+    def _turn(self) -> None:
+        """Take what came in, let the core decide, send what it leaves."""
+        with contextlib.suppress(BlockingIOError):
+            while self._wake_read.recv(4096):
+                pass
+        while self._outcomes:
+            self._feed(self._core.on_outcome, self._outcomes.popleft())
+        for _ in range(_MESSAGES_PER_TURN):
+            parts = _receive(self._dealer)
+            if parts is None:
+                break
+            self._feed(self._core.on_downstream, parts)
+        for _ in range(_MESSAGES_PER_TURN):
+            parts = _receive(self._router)
+            if parts is None:
+                break
+            self._feed(self._core.on_upstream, bytes(parts[0]), parts[1:])
+        self._feed(self._core.tick)
+
+    def _feed(self, handle: Callable[..., None], *event: object) -> None:
+        """Hand one event to the core and send what it leaves."""
+        try:
+            handle(*event, time.monotonic())
+        except Exception:
+            # One frame must never end a node, whatever it turned out to hold.
+            self._core.bad_frames += 1
+            _log.exception("%s failed; the frame is dropped", handle.__name__)
+        while self._core.up and self._router is not None:
+            identity, parts = self._core.up.popleft()
+            try:
+                self._router.send_multipart([identity, *parts], zmq.NOBLOCK, copy=False)
+            except zmq.ZMQError as error:
+                # Gone, or so slow that its queue is full: the client's deadline covers both.
+                _log.debug("no way up to a peer: %s", error)
+                if error.errno != zmq.EAGAIN:
+                    self._core.forget(identity)
+        if self._dealer is not None and self._core.hop is not None:
+            outbox = self._core.hop.outbox
+            while outbox:
+                try:
+                    self._dealer.send_multipart(outbox[0], zmq.NOBLOCK, copy=False)
+                except zmq.Again:
+                    return
+                outbox.popleft()
+
+    def _measure(self, now_s: float) -> dict[str, Any]:
+        """The compute half of a STATUS."""
+        paced = self._pacer.ratio is not None
+        load = self._pacer.load.value_at(now_s) if paced else self._host_load.read(now_s)
+        backlog_s = self._compute.backlog_s(now_s) if self._compute is not None else 0.0
+        return {
+            "load": round(load, 4),
+            "backlog_s": round(backlog_s, 6),
+            "overruns": self._pacer.overruns,
+            "stages": self._pacer.stages,
+        }
+
+    def _control(self, line: bytes) -> None:
+        """Apply one JSON line from the testbed."""
+        if not line.strip():
+            return
+        try:
+            load = json.loads(line)["load"]
+            if isinstance(load, dict):
+                trace = LoadTrace.from_samples(load["t0"], load["dt_s"], load["values"])
+            else:
+                trace = LoadTrace.constant(float(load))
+            self._pacer.load = trace
+        except (ConfigError, ValueError, KeyError, TypeError) as error:
+            _log.warning("control line ignored, expected a load: %r", error)
+
+    def _on_done(self, outcome: Outcome) -> None:
+        self._outcomes.append(outcome)
+        self._wake()
+
+    def _wake(self) -> None:
+        # A full or closed pipe is fine: the loop is then awake, or gone.
+        with contextlib.suppress(OSError):
+            self._wake_write.send(b"\0")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a node; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m executor.node", description=__doc__)
+    parser.add_argument("--role", required=True, help="this node's name in the cluster file")
+    parser.add_argument("--cluster", required=True, type=Path, help="cluster.toml")
+    parser.add_argument("--device", help="torch device; overrides the cluster file")
+    parser.add_argument("--threads", type=int, help="torch threads; overrides the cluster file")
+    parser.add_argument("--insecure", action="store_true", help="allow plain TCP off loopback")
+    parser.add_argument("--ratio", type=float, help="emulate a node this many times slower")
+    parser.add_argument(
+        "--control-stdin", action="store_true", help="take load changes on stdin; end with it"
+    )
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(message)s")
+    try:
+        cluster = Cluster.load(args.cluster)
+        threads = args.threads if args.threads is not None else cluster.threads
+        if threads is not None:
+            if threads < 1:
+                raise ConfigError(f"--threads must be a positive count, got {threads}")
+            torch.set_num_threads(threads)
+        node = Node(
+            cluster,
+            args.role,
+            torch_device=args.device,
+            ratio=args.ratio,
+            insecure=args.insecure,
+        )
+    except ConfigError as error:
+        print(f"executor.node: {error}", file=sys.stderr)
+        return 2
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: node.stop())
+    print(f"READY {node.port}", flush=True)
+    try:
+        node.serve(sys.stdin.fileno() if args.control_stdin else None)
+    finally:
+        ended = node.close()
+    if not ended:
+        # A stage still runs; leaving the interpreter under torch's feet could crash it.
+        sys.stderr.flush()
+        os._exit(0)
+    return 0
+
+
+def _receive(source: zmq.Socket[bytes] | None) -> Parts | None:
+    """The next message as views of ZeroMQ's own memory; None if there is none."""
+    if source is None:
+        return None
+    try:
+        frames = source.recv_multipart(zmq.NOBLOCK, copy=False)
+    except zmq.Again:
+        return None
+    return [frame.buffer for frame in frames]
+
+
+def _read(fd: int) -> bytes:
+    try:
+        return os.read(fd, 65536)
+    except OSError:
+        return b""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

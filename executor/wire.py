@@ -1,0 +1,383 @@
+"""Frames: what one node says to the next, and what is refused.
+
+A message has one or two parts: a fixed-layout header, then the body (a tensor's bytes, or a small
+JSON object). Nothing is pickled, every size is bounded, and whatever the bytes are, reading them
+gives a frame or a `WireError`.
+
+Header, little-endian:
+
+    magic "SPLT", version, kind, dtype code, number of dims, number of cuts
+    request id: client uuid (16 bytes), sequence number (u64); model digest (8 bytes)
+    shape (8 x u32, unused ones 0); three clock readings (f64); body length (u64)
+    then the plan's cuts (u16 each)
+    then, for INFER and RESULT: 4 f64 per node (`StageStamp`) and 3 f64 per hop (`HopStamp`)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from executor.errors import WireError
+
+__all__ = [
+    "MAX_BODY_BYTES",
+    "MAX_JSON_BYTES",
+    "NO_CLIENT",
+    "NO_DIGEST",
+    "Frame",
+    "Header",
+    "HopStamp",
+    "Kind",
+    "StageStamp",
+    "array_body",
+    "array_of",
+    "check_body",
+    "decode_json",
+    "encode_json",
+    "pack",
+    "parse",
+    "parse_header",
+]
+
+VERSION = 1
+MAX_BODY_BYTES = 64 * 2**20
+MAX_JSON_BYTES = 2**20
+MAX_CUTS = 63
+MAX_DIMS = 8
+NO_CLIENT = bytes(16)
+NO_DIGEST = bytes(8)
+
+_MAGIC = b"SPLT"
+_FIXED = struct.Struct("<4sBBBBH2x16sQ8s8I3dQ")
+_DTYPES: dict[int, np.dtype[Any]] = {
+    1: np.dtype("<f4"),
+    2: np.dtype("<f2"),
+    3: np.dtype("<f8"),
+    4: np.dtype("u1"),
+    5: np.dtype("i1"),
+    6: np.dtype("<i4"),
+    7: np.dtype("<i8"),
+}
+_DTYPE_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+
+class Kind(IntEnum):
+    """What a frame is for. Requests go down the chain, the rest comes back up."""
+
+    HELLO = 1
+    HELLO_REPLY = 2
+    INFER = 3
+    RESULT = 4
+    ERROR = 5
+    ACK = 6
+    STATUS = 7
+    PING = 8
+    PONG = 9
+    PROBE = 10
+    PROBE_REPLY = 11
+    PROFILE = 12
+    PROFILE_REPLY = 13
+
+
+_STAMPED = frozenset({Kind.INFER, Kind.RESULT})
+
+
+class StageStamp(NamedTuple):
+    """One node's part of a request; all 0 where the request did not come by.
+
+    Attributes:
+        arrive_s: When the whole frame was there (the node's clock; the reader's after conversion).
+        start_s: When its compute began; 0 if the node only relayed.
+        end_s: When its compute ended; 0 if the node only relayed.
+        work_s: Unloaded seconds of work that the compute was.
+    """
+
+    arrive_s: float = 0.0
+    start_s: float = 0.0
+    end_s: float = 0.0
+    work_s: float = 0.0
+
+
+class HopStamp(NamedTuple):
+    """One hop's part of a request; all 0 where it was not crossed.
+
+    Attributes:
+        sent_s: When the sender handed the frame to the hop.
+        received_s: When the receiver had all of it.
+        free_s: When the hop could first have delivered: the receiver fills in when the frame
+            before was there; on the way back the sender raises it to sent + one-way delay.
+    """
+
+    sent_s: float = 0.0
+    received_s: float = 0.0
+    free_s: float = 0.0
+
+
+@dataclass(slots=True)
+class Header:
+    """A frame's header.
+
+    Attributes:
+        kind: What the frame is for.
+        client: The asking client's uuid, 16 bytes.
+        seq: The client's sequence number; with `client` the request's id.
+        cuts: The plan, one cut per hop; empty for frames that follow none.
+        digest: First 8 bytes of the weights' digest.
+        dtype: The body's dtype; None for JSON or no body.
+        shape: The body's shape; empty for JSON or no body.
+        body_bytes: The body's length; 0 means that there is no body part.
+        clock_s: Readings for the clock exchange: sender's send, receiver's receipt and reply.
+        stages: Per node, N values (INFER and RESULT only).
+        hops: Per hop, N - 1 values (INFER and RESULT only).
+    """
+
+    kind: Kind
+    client: bytes = NO_CLIENT
+    seq: int = 0
+    cuts: tuple[int, ...] = ()
+    digest: bytes = NO_DIGEST
+    dtype: np.dtype[Any] | None = None
+    shape: tuple[int, ...] = ()
+    body_bytes: int = 0
+    clock_s: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    stages: list[StageStamp] = field(default_factory=list)
+    hops: list[HopStamp] = field(default_factory=list)
+
+    def reply(self, kind: Kind) -> Header:
+        """An empty header of `kind` with this request's id."""
+        return Header(kind, client=self.client, seq=self.seq)
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A header and its body, both checked."""
+
+    header: Header
+    body: memoryview | None
+
+
+def pack(header: Header) -> bytes:
+    """The header's bytes.
+
+    Raises:
+        WireError: A value has no place in the layout.
+    """
+    dims = header.shape + (0,) * (MAX_DIMS - len(header.shape))
+    code = 0
+    if header.dtype is not None:
+        code = _DTYPE_CODES.get(header.dtype, 0)
+        if not code:
+            raise WireError(f"dtype {header.dtype} cannot be sent; use float32")
+    try:
+        parts = [
+            _FIXED.pack(
+                _MAGIC,
+                VERSION,
+                header.kind,
+                code,
+                len(header.shape),
+                len(header.cuts),
+                header.client,
+                header.seq,
+                header.digest,
+                *dims,
+                *header.clock_s,
+                header.body_bytes,
+            ),
+            struct.pack(f"<{len(header.cuts)}H", *header.cuts),
+        ]
+    except struct.error as error:
+        raise WireError(f"header does not fit the wire's layout: {error}") from error
+    if header.kind in _STAMPED:
+        n = len(header.cuts)
+        stages = header.stages or [StageStamp()] * (n + 1)
+        hops = header.hops or [HopStamp()] * n
+        if len(stages) != n + 1 or len(hops) != n:
+            raise WireError(f"{n} cuts need {n + 1} stage stamps and {n} hop stamps")
+        flat = [value for stamp in (*stages, *hops) for value in stamp]
+        parts.append(struct.pack(f"<{len(flat)}d", *flat))
+    return b"".join(parts)
+
+
+def parse_header(data: bytes | memoryview) -> Header:
+    """Read a header.
+
+    Raises:
+        WireError: The bytes are no header of this version; names the field.
+    """
+    if len(data) < _FIXED.size:
+        raise WireError(f"header needs at least {_FIXED.size} bytes, got {len(data)}")
+    (
+        magic,
+        version,
+        kind_code,
+        dtype_code,
+        n_dims,
+        n_cuts,
+        client,
+        seq,
+        digest,
+        *dims_clock,
+        body_bytes,
+    ) = _FIXED.unpack_from(data)
+    if magic != _MAGIC:
+        raise WireError(f"expected magic {_MAGIC!r}, got {magic!r}")
+    if version != VERSION:
+        raise WireError(f"expected wire version {VERSION}, got {version}; update the older side")
+    try:
+        kind = Kind(kind_code)
+    except ValueError:
+        raise WireError(f"unknown frame kind {kind_code}") from None
+    clock_s = tuple(dims_clock[MAX_DIMS:])
+    if not all(map(math.isfinite, clock_s)):
+        raise WireError(f"clock readings must be finite, got {clock_s}")
+    header = Header(kind, client, seq, digest=digest, body_bytes=body_bytes, clock_s=clock_s)
+    _parse_shape(header, dtype_code, n_dims, dims_clock[:MAX_DIMS])
+    _parse_plan(header, n_cuts, data)
+    return header
+
+
+def _parse_shape(header: Header, code: int, n_dims: int, dims: Sequence[int]) -> None:
+    """Fill in dtype and shape, and hold the body's length against them."""
+    length = header.body_bytes
+    if length > MAX_BODY_BYTES:
+        raise WireError(f"body of {length} bytes is over the bound of {MAX_BODY_BYTES}")
+    if code == 0:
+        if n_dims or any(dims):
+            raise WireError(f"a frame without a dtype has no shape, got {n_dims} dims")
+        if length > MAX_JSON_BYTES:
+            raise WireError(f"JSON body of {length} bytes is over the bound of {MAX_JSON_BYTES}")
+        return
+    dtype = _DTYPES.get(code)
+    if dtype is None:
+        raise WireError(f"unknown dtype code {code}")
+    if not 1 <= n_dims <= MAX_DIMS or min(dims[:n_dims]) < 1 or any(dims[n_dims:]):
+        raise WireError(f"expected 1..{MAX_DIMS} positive dims, got {n_dims} of {list(dims)}")
+    expected = math.prod(dims[:n_dims]) * dtype.itemsize
+    if expected != length:
+        raise WireError(f"shape {dims[:n_dims]} of {dtype} is {expected} bytes, header: {length}")
+    header.dtype = dtype
+    header.shape = tuple(dims[:n_dims])
+
+
+def _parse_plan(header: Header, n_cuts: int, data: bytes | memoryview) -> None:
+    """Fill in the cuts and stamps from what follows the fixed part."""
+    if n_cuts > MAX_CUTS:
+        raise WireError(f"a plan has at most {MAX_CUTS} cuts, got {n_cuts}")
+    n_values = 4 * (n_cuts + 1) + 3 * n_cuts if header.kind in _STAMPED else 0
+    expected = _FIXED.size + 2 * n_cuts + 8 * n_values
+    if len(data) != expected:
+        raise WireError(f"header with {n_cuts} cuts is {expected} bytes, got {len(data)}")
+    header.cuts = struct.unpack_from(f"<{n_cuts}H", data, _FIXED.size)
+    if n_values:
+        values = struct.unpack_from(f"<{n_values}d", data, _FIXED.size + 2 * n_cuts)
+        if not all(map(math.isfinite, values)):
+            raise WireError("timestamps must be finite")
+        split = 4 * (n_cuts + 1)
+        header.stages = [StageStamp(*values[i : i + 4]) for i in range(0, split, 4)]
+        header.hops = [HopStamp(*values[i : i + 3]) for i in range(split, n_values, 3)]
+
+
+def check_body(header: Header, body: memoryview | None) -> None:
+    """Hold a body against its header.
+
+    Raises:
+        WireError: The length is not what the header says.
+    """
+    got = 0 if body is None else body.nbytes
+    if got != header.body_bytes:
+        raise WireError(f"body is {got} bytes, the header says {header.body_bytes}")
+
+
+def parse(parts: Sequence[bytes | memoryview]) -> Frame:
+    """Read a whole message.
+
+    Args:
+        parts: One part (header) or two (header, body).
+
+    Raises:
+        WireError: Wrong number of parts, or a part that cannot be accepted.
+    """
+    if len(parts) not in (1, 2):
+        raise WireError(f"a message has 1 or 2 parts, got {len(parts)}")
+    header = parse_header(parts[0])
+    body = memoryview(parts[1]) if len(parts) == 2 else None
+    check_body(header, body)
+    return Frame(header, body)
+
+
+def encode_json(value: Mapping[str, Any]) -> bytes:
+    """A JSON body.
+
+    Raises:
+        WireError: The object is too large or is not plain JSON.
+    """
+    try:
+        data = json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
+    except (TypeError, ValueError) as error:
+        raise WireError(f"not plain JSON: {error}") from error
+    if len(data) > MAX_JSON_BYTES:
+        raise WireError(f"JSON body of {len(data)} bytes is over the bound of {MAX_JSON_BYTES}")
+    return data
+
+
+def decode_json(body: bytes | memoryview | None) -> dict[str, Any]:
+    """Read a JSON body.
+
+    Raises:
+        WireError: There is none, it is too large, or it is not an object of finite values.
+    """
+    if body is None or len(body) > MAX_JSON_BYTES:
+        got = "none" if body is None else f"{len(body)} bytes"
+        raise WireError(f"expected a JSON body of at most {MAX_JSON_BYTES} bytes, got {got}")
+    try:
+        value = json.loads(bytes(body), parse_float=_finite, parse_constant=_finite)
+    except (ValueError, RecursionError) as error:
+        raise WireError(f"body is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise WireError(f"expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def array_body(header: Header, array: NDArray[Any]) -> memoryview:
+    """Describe `array` in the header and give its bytes, without copying if it is contiguous.
+
+    The view keeps the array alive; nothing may write to the array until the view is sent.
+    """
+    array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+    header.dtype, header.shape, header.body_bytes = array.dtype, array.shape, array.nbytes
+    return array.data.cast("B")
+
+
+def array_of(header: Header, body: memoryview | None) -> NDArray[Any]:
+    """The body as a writable array of the header's dtype and shape.
+
+    It shares the body's memory where that is writable and aligned (ZeroMQ hands small bodies out
+    at any offset), else it is a copy.
+
+    Raises:
+        WireError: The header describes no tensor, or the body does not fit it.
+    """
+    if header.dtype is None or body is None:
+        raise WireError("expected a tensor body, got none")
+    check_body(header, body)
+    array = np.frombuffer(body, header.dtype).reshape(header.shape)
+    if not (array.flags.writeable and array.flags.aligned):
+        array = array.copy()
+    return array
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:32]} is not a finite number")
+    return value

@@ -1,0 +1,298 @@
+"""The node's parts without sockets: fairness, backlog, clocks, relaying, load."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from executor._compute import FairQueue, Job, Outcome, WorkEstimate
+from executor._hop import Hop, ProbeRun, localise
+from executor._load import HostLoad
+from executor._nodecore import CoreConfig, NodeCore
+from executor._pending import Pending, PendingTable
+from executor._records import NodeStatus, RequestRecord
+from executor.energy import ConstantPowerMeter
+from executor.errors import HandshakeError, RequestRefused, WireError
+from executor.model import model_spec
+from executor.plan import Plan
+from executor.wire import (
+    Header,
+    HopStamp,
+    Kind,
+    StageStamp,
+    array_body,
+    decode_json,
+    encode_json,
+    pack,
+    parse,
+)
+
+SPEC = model_spec("mobilenet_v2")
+DIGEST = b"d" * 8
+
+
+def job(client, seq=0):
+    return Job(Header(Kind.INFER, client=client * 16, seq=seq))
+
+
+def infer(cuts, seq=1):
+    header = Header(Kind.INFER, client=b"c" * 16, seq=seq, cuts=cuts, digest=DIGEST)
+    body = array_body(header, np.zeros((1, 3, 224, 224), np.float32))
+    return header, body
+
+
+def core(index, max_queue=2):
+    queue = FairQueue(max_queue)
+    config = CoreConfig(index, 3, SPEC, DIGEST, max_queue, {"name": f"n{index}"})
+    meter = ConstantPowerMeter()
+    return NodeCore(config, queue, lambda now_s: {"load": 0.0}, meter), queue, meter
+
+
+def kinds(node):
+    return [parse(parts).header.kind for _, parts in node.up]
+
+
+def ack(hop, header, received_s, now_s, kind=Kind.ACK):
+    reply = header.reply(kind)
+    reply.clock_s = (header.clock_s[0], received_s, received_s)
+    (hop.on_ack if kind is Kind.ACK else hop.on_pong)(reply, now_s)
+
+
+def test_the_queue_is_fair_between_clients_and_ordered_within_one():
+    queue = FairQueue(10)
+    for client, seq in ((b"a", 1), (b"a", 2), (b"a", 3), (b"b", 1), (b"c", 1), (b"b", 2)):
+        assert queue.put(job(client, seq))
+    served = [queue.get().header for _ in range(6)]
+    assert [(h.client[:1], h.seq) for h in served] == [
+        (b"a", 1),
+        (b"b", 1),
+        (b"c", 1),
+        (b"a", 2),
+        (b"b", 2),
+        (b"a", 3),
+    ]
+
+
+def test_the_queue_is_bounded_and_closing_wakes_the_reader():
+    queue = FairQueue(2)
+    assert queue.put(job(b"a")) and queue.put(job(b"b")) and not queue.put(job(b"c"))
+    assert len(queue) == len(queue.snapshot()) == 2
+    queue.close()
+    assert queue.get() is None and not queue.put(job(b"a")) and len(queue) == 0
+    waiting = FairQueue(1)
+    got = []
+    thread = threading.Thread(target=lambda: got.append(waiting.get()))
+    thread.start()
+    waiting.close()
+    thread.join(10)
+    assert got == [None]
+
+
+def test_work_is_estimated_from_stages_until_there_is_a_profile():
+    estimate = WorkEstimate(4)
+    assert estimate.stage_s(0, 4) == 0.0
+    estimate.learn_stage(0, 2, 0.4)
+    assert estimate.stage_s(0, 2) == pytest.approx(0.4)
+    assert estimate.stage_s(1, 4) == pytest.approx(0.6)
+    estimate.learn_profile((0.1, 0.2, 0.3, 0.4))
+    estimate.learn_stage(0, 2, 9.0)
+    assert estimate.stage_s(1, 4) == pytest.approx(0.9)
+
+
+def test_a_hop_counts_backlog_until_it_is_acknowledged():
+    hop = Hop(b"me" * 8)
+    frames = [infer((0, 0), seq)[0] for seq in range(3)]
+    for header in frames:
+        hop.send(header, None, 0.0)
+    assert (hop.backlog_bytes, hop.backlog_frames) == (3 * 602112, 3)
+    ack(hop, frames[0], 0.1, 0.1)
+    assert (hop.backlog_bytes, hop.backlog_frames) == (2 * 602112, 2)
+    ack(hop, frames[0], 0.1, 0.2)
+    assert hop.backlog_frames == 2
+    # The second was lost with its connection: the third's receipt says so.
+    ack(hop, frames[2], 0.3, 0.3)
+    assert (hop.backlog_bytes, hop.backlog_frames) == (0, 0)
+
+
+def test_pings_find_the_clocks_offset_and_stop_while_one_is_out():
+    hop = Hop(b"me" * 8)
+    hop.tick(0.0)
+    ping = parse(hop.outbox.popleft()).header
+    hop.tick(0.9)
+    assert ping.kind is Kind.PING and not hop.outbox
+    ack(hop, ping, 100.01, 0.02, Kind.PONG)
+    assert hop.clock.offset_s == pytest.approx(100.0)
+    assert hop.one_way_s == pytest.approx(0.01)
+    hop.tick(1.0)
+    hop.outbox.clear()
+    hop.tick(1.5)
+    assert not hop.outbox
+    hop.tick(2.1)
+    assert len(hop.outbox) == 1
+
+
+def test_probes_run_one_after_the_other_and_are_given_up():
+    hop = Hop(b"me" * 8)
+    request = Header(Kind.PROBE, client=b"c" * 16, seq=5)
+    hop.probe(ProbeRun(request, 1000, 2), 0.0)
+    hop.probe(ProbeRun(request, 50, 1), 0.0)
+    replies, ended = [], []
+    for now_s in (1.0, 3.0, 3.5):
+        ping = parse(hop.outbox.popleft())
+        assert not hop.outbox
+        replies.append(ping.body.nbytes)
+        pong = ping.header.reply(Kind.PONG)
+        pong.clock_s = (ping.header.clock_s[0], now_s, now_s)
+        run = hop.on_pong(pong, now_s)
+        ended += [run.rtts_s] if run else []
+    assert replies == [1000, 1000, 50]
+    assert ended == [[1.0, 2.0], [0.5]]
+    hop.probe(ProbeRun(request, 50, 1), 4.0)
+    assert hop.tick(30.0) is None
+    assert hop.tick(70.0).request is request
+
+
+def test_stamps_are_converted_hop_by_hop_into_the_readers_clock():
+    header = Header(Kind.RESULT, client=b"c" * 16, cuts=(1, 2))
+    # True times: arrive 1, run 2..3, cross 3..5, run 5..6, cross 6..8, run 8..9. Each clock is
+    # ahead of the one before it: edge by 10 s, fog by 110 s, cloud by 1110 s.
+    header.stages = [
+        StageStamp(11, 12, 13, 0.5),
+        StageStamp(115, 115, 116, 0.5),
+        StageStamp(1118, 1118, 1119, 0.5),
+    ]
+    header.hops = [HopStamp(13, 115, 111), HopStamp(116, 1118, 1117)]
+    localise(header, 1, 1000.0, 0.25)
+    localise(header, 0, 100.0, 0.25)
+    localise(header, -1, 10.0, 0.0)
+    record = RequestRecord.from_header(header, 0.0, 0.5, 10.0)
+    assert record.stage_s == (1, 1, 1) and record.work_s == (0.5, 0.5, 0.5)
+    assert record.queue_s == (1, 0, 0) and record.hop_s == (2, 2)
+    assert record.transmit_s == (1.75, 1.0)
+    assert record.latency_s == 10.0
+    assert [s.arrive_s for s in header.stages] == [1, 5, 8]
+
+
+def test_an_empty_stage_relays_without_the_compute_queue():
+    node, queue, _ = core(1)
+    header, body = infer((0, 0))
+    node.on_upstream(b"up", [pack(header), body], 5.0)
+    assert len(queue) == 0 and kinds(node) == [Kind.ACK]
+    relayed = parse(node.hop.outbox.popleft())
+    assert relayed.header.stages[1] == StageStamp(arrive_s=5.0)
+    assert relayed.header.hops[0].received_s == 5.0
+    assert relayed.header.hops[1].sent_s == 5.0
+    assert node.hop.backlog_bytes == 602112
+
+
+def test_the_last_node_of_a_plan_replies_and_goes_no_further():
+    node, queue, meter = core(1)
+    header, body = infer((0, 21))
+    node.on_upstream(b"up", [pack(header), body], 1.0)
+    taken = queue.get()
+    assert (taken.start, taken.stop) == (0, 21)
+    output = np.ones((1, 1000), np.float32)
+    node.on_outcome(Outcome(taken, 2.0, 4.0, 1.5, output), 4.0)
+    assert kinds(node) == [Kind.ACK, Kind.RESULT] and not node.hop.outbox
+    result = parse(node.up[-1][1])
+    assert result.header.stages[1] == StageStamp(1.0, 2.0, 4.0, 1.5)
+    assert meter.read_j() == pytest.approx(12.0 * 1.5)
+
+
+def test_both_bounds_refuse_with_an_error():
+    node, queue, _ = core(0, max_queue=1)
+    for cuts, seq in (((3, 3), 1), ((3, 3), 2), ((0, 0), 3), ((0, 0), 4)):
+        header, body = infer(cuts, seq)
+        node.on_upstream(b"up", [pack(header), body], 0.0)
+    errors = [parse(parts) for _, parts in node.up]
+    assert [e.header.seq for e in errors] == [2, 4] and node.refused == 2
+    assert [decode_json(e.body)["code"] for e in errors] == ["refused", "refused"]
+    # A computed stage that finds the hop full is refused too, not lost.
+    taken = queue.get()
+    node.on_outcome(Outcome(taken, 0.0, 1.0, 1.0, np.ones(3, np.float32)), 1.0)
+    assert parse(node.up[-1][1]).header.seq == 1 and node.refused == 3
+
+
+def test_a_failed_stage_is_answered():
+    node, queue, _ = core(2)
+    header, body = infer((0, 0))
+    node.on_upstream(b"up", [pack(header), body], 0.0)
+    node.on_outcome(Outcome(queue.get(), 0.0, 1.0, error="ValueError: no"), 1.0)
+    answer = decode_json(parse(node.up[-1][1]).body)
+    assert answer == {"code": "failed", "reason": "node n2: ValueError: no", "node": 2}
+
+
+def test_frames_from_the_wrong_side_are_counted_and_dropped():
+    node, _, _ = core(1)
+    node.on_upstream(b"up", [pack(Header(Kind.RESULT, cuts=(1, 2)))], 0.0)
+    node.on_downstream([pack(Header(Kind.HELLO))], 0.0)
+    node.on_downstream([b"junk"], 0.0)
+    node.on_downstream([pack(Header(Kind.RESULT, cuts=(1,)))], 0.0)
+    header, body = infer((0, 5))
+    node_two, _, _ = core(2)
+    header.cuts = (0, 21)
+    node_two.on_upstream(b"up", [pack(header), body], 0.0)
+    assert node.bad_frames == 4 and not node.up
+    assert decode_json(parse(node_two.up[-1][1]).body)["code"] == "bad_plan"
+
+
+def test_status_goes_to_whoever_talks_and_stops_when_they_leave():
+    node, _, _ = core(1)
+    node.tick(0.0)
+    assert not node.up
+    node.on_upstream(b"up", [pack(Header(Kind.PING))], 0.05)
+    node.tick(0.06)
+    assert kinds(node) == [Kind.PONG]
+    assert node.due_s(0.06) == pytest.approx(0.04)
+    node.tick(0.1)
+    assert kinds(node) == [Kind.PONG, Kind.STATUS]
+    values = decode_json(parse(node.up[-1][1]).body)
+    assert values["node"] == 1 and values["meter"] == "constant-12W"
+    node.up.clear()
+    status = Header(Kind.STATUS)
+    body = encode_json({"node": 2})
+    status.body_bytes = len(body)
+    node.on_downstream([pack(status), body], 0.15)
+    assert kinds(node) == [Kind.STATUS]
+    node.tick(40.0)
+    node.up.clear()
+    node.tick(41.0)
+    assert not node.up
+
+
+def test_a_status_with_a_bad_field_is_refused():
+    node, _, _ = core(2)
+    good = {**node._status(0.0), "load": 0, "backlog_s": 0.5, "overruns": 0, "stages": 3}
+    assert NodeStatus.from_json(good, 1.0, False).backlog_s == 0.5
+    for change in ({"node": "0"}, {"load": None}, {"stages": True}, {"meter": 3}):
+        with pytest.raises(WireError, match=next(iter(change))):
+            NodeStatus.from_json({**good, **change}, 1.0, False)
+
+
+def test_a_request_ends_once_and_is_counted_once():
+    table = PendingTable(1)
+    seq = table.register(Pending(5.0, plan=Plan((1, 2))))
+    with pytest.raises(RequestRefused, match="bound is 1"):
+        table.register(Pending(5.0, plan=Plan((1, 2))))
+    control = table.register(Pending(1.0))
+    assert [entry[0] for entry in table.late(2.0)] == [control]
+    assert table.in_flight == 1 and table.settle(seq) is not None
+    assert table.settle(seq) is None and table.in_flight == 0
+    table.register(Pending(5.0, plan=Plan((1, 2))))
+    assert len(table.close()) == 1 and table.in_flight == 0
+    with pytest.raises(HandshakeError):
+        table.register(Pending(5.0))
+
+
+def test_host_load_is_what_others_use(tmp_path, monkeypatch):
+    stat = tmp_path / "stat"
+    monkeypatch.setattr("executor._load.os.cpu_count", lambda: 2)
+    monkeypatch.setattr("executor._load.os.sysconf", lambda name: 100)
+    monkeypatch.setattr("executor._load.time.monotonic", lambda: 0.0)
+    monkeypatch.setattr("executor._load.time.process_time", lambda: 1.0)
+    stat.write_text("cpu  100 0 0 500 0 0 0 0 0 0\ncpu0 1\n")
+    load = HostLoad(stat)
+    stat.write_text("cpu  150 20 30 600 0 0 0 0 0 0\n")
+    assert load.read(0.5) == 0.0
+    assert load.read(1.0) == pytest.approx(0.5)
+    assert HostLoad(tmp_path / "absent").read(5.0) == 0.0

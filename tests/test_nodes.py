@@ -1,0 +1,474 @@
+"""Real nodes over loopback: outputs, refusals, bad frames, deadlines, and clean ends."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zmq
+import zmq.auth
+
+from executor.client import Client
+from executor.cluster import Cluster, NodeConfig
+from executor.errors import (
+    ConfigError,
+    HandshakeError,
+    RequestError,
+    RequestRefused,
+    RequestTimeout,
+)
+from executor.model import build_chain, sample_input
+from executor.node import Node, main
+from executor.plan import Plan
+from executor.wire import Header, Kind, array_body, decode_json, pack, parse
+
+MODEL = "mobilenet_v2"
+N = 21
+ROOT = Path(__file__).resolve().parent.parent
+PLANS = [(10, 19), (0, 0), (0, N), (N, N), (3, 3), (0, 7), (5, N), (1, 2), (20, 20)]
+
+
+def free_ports(count):
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def make_cluster(names, **settings):
+    ports = free_ports(len(names))
+    nodes = tuple(NodeConfig(n, "127.0.0.1", p) for n, p in zip(names, ports, strict=True))
+    return Cluster(MODEL, "none", nodes, threads=1, **settings)
+
+
+def start(cluster, role, path, stdin=subprocess.PIPE):
+    args = [sys.executable, "-m", "executor.node", "--role", role, "--cluster", str(path)]
+    if stdin is subprocess.PIPE:
+        args.append("--control-stdin")
+    return subprocess.Popen(
+        args, cwd=ROOT, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@contextmanager
+def local_nodes(cluster, ratio=None, clusters=None):
+    """The cluster's nodes as threads of this process."""
+    with ExitStack() as stack:
+        nodes = []
+        for index, config in enumerate(cluster.nodes):
+            node = Node(clusters[index] if clusters else cluster, config.name, ratio=ratio)
+            stack.callback(node.close)
+            thread = threading.Thread(target=node.serve)
+            thread.start()
+            stack.callback(thread.join)
+            stack.callback(node.stop)
+            nodes.append(node)
+        yield nodes
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind():
+    def threads():
+        return {t for t in threading.enumerate() if "Garbage" not in type(t).__name__}
+
+    before = threads()
+    yield
+    assert threads() <= before
+
+
+@pytest.fixture(scope="module")
+def chain():
+    return build_chain(MODEL)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """Three processes; each is ended in its own way, and each must end with 0."""
+    cluster = make_cluster(["edge", "fog", "cloud"], max_queue=64)
+    path = tmp_path_factory.mktemp("nodes") / "cluster.toml"
+    path.write_text(cluster.to_toml())
+    processes = [start(cluster, node.name, path) for node in cluster.nodes]
+    try:
+        for process, node in zip(processes, cluster.nodes, strict=True):
+            assert process.stdout.readline() == f"READY {node.port}\n"
+        yield cluster
+        processes[0].send_signal(signal.SIGTERM)
+        processes[1].send_signal(signal.SIGINT)
+        processes[2].stdin.close()
+        assert [process.wait(20) for process in processes] == [0, 0, 0]
+        assert all("Traceback" not in process.stderr.read() for process in processes)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout, process.stderr):
+                pipe.close()
+
+
+@pytest.fixture
+def client(cluster):
+    with Client(cluster) as client:
+        client.connect(20.0)
+        yield client
+
+
+@contextmanager
+def stranger(cluster):
+    """A bare socket to the first node, which may send anything."""
+    with zmq.Context() as ctx, ctx.socket(zmq.DEALER) as dealer:
+        dealer.linger = 0
+        dealer.connect(cluster.nodes[0].connect_endpoint())
+
+        def answer(kind):
+            """The next frame of one of these kinds."""
+            while dealer.poll(10_000):
+                frame = parse(dealer.recv_multipart())
+                if frame.header.kind is kind:
+                    return frame
+            raise AssertionError(f"no {kind.name} in 10 s")
+
+        yield dealer, answer
+
+
+def until(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_the_handshake_tells_what_runs_where(client, chain):
+    nodes = client.connect()
+    assert [node["name"] for node in nodes] == ["edge", "fog", "cloud"]
+    assert {node["digest"] for node in nodes} == {chain.digest}
+    assert len({node["pid"] for node in nodes}) == 3
+
+
+@pytest.mark.parametrize("cuts", PLANS)
+def test_split_equals_whole_bit_for_bit(client, chain, cuts):
+    x = sample_input(cuts[0])
+    reply = client.submit(x, Plan(cuts)).result()
+    assert torch.equal(reply.output, chain.run(x, 0, N))
+    record, plan = reply.record, Plan(cuts)
+    assert record.plan == cuts
+    last = plan.last_node(N)
+    for node in range(3):
+        begin, end = plan.stage(node, N)
+        ran = node <= last and begin < end
+        assert (record.stage_s[node] > 0) == (record.work_s[node] > 0) == ran
+        assert ran or record.queue_s[node] == 0
+    for hop in range(2):
+        crossed = hop < last
+        assert (record.hop_s[hop] > 0) == crossed
+        assert 0 <= record.transmit_s[hop] <= record.hop_s[hop]
+    parts_s = sum(record.stage_s) + sum(record.queue_s) + sum(record.hop_s)
+    assert record.scheduled_s == record.submitted_s
+    assert parts_s <= record.latency_s + 0.001
+
+
+def test_numpy_in_numpy_out(client, chain):
+    x = sample_input(4).numpy()
+    due = time.monotonic() - 1.0
+    reply = client.submit(x, Plan((2, 4)), scheduled_s=due).result()
+    assert isinstance(reply.output, np.ndarray)
+    assert np.array_equal(reply.output, chain.run(torch.from_numpy(x), 0, N).numpy())
+    assert reply.record.scheduled_s == due and reply.record.latency_s > 1.0
+
+
+def test_a_swapped_or_zeroed_reply_would_show(client, chain):
+    def error(output, reference):
+        return float((output - reference).abs().max() / reference.abs().max())
+
+    inputs = [sample_input(1), sample_input(2)]
+    a, b = (client.submit(x, Plan((7, 12))).result().output for x in inputs)
+    wanted = [chain.run(x, 0, N) for x in inputs]
+    assert error(a, wanted[0]) == error(b, wanted[1]) == 0.0
+    assert error(b, wanted[0]) > 0.05 and error(a, wanted[1]) > 0.05
+    assert error(torch.zeros_like(a), wanted[0]) > 0.05
+
+
+def test_plans_switch_while_requests_are_in_flight(client, chain):
+    inputs = [sample_input(i) for i in range(3)]
+    wanted = [chain.run(x, 0, N) for x in inputs]
+    futures = [client.submit(inputs[i % 3], Plan(PLANS[i % len(PLANS)])) for i in range(24)]
+    for i, future in enumerate(futures):
+        reply = future.result()
+        assert reply.record.plan == PLANS[i % len(PLANS)]
+        assert torch.equal(reply.output, wanted[i % 3])
+    assert client.in_flight == 0
+
+
+def test_two_clients_are_served(cluster, client, chain):
+    with Client(cluster) as other:
+        other.connect()
+        x, y = sample_input(5), sample_input(6)
+        mine = [client.submit(x, Plan((10, 19))) for _ in range(4)]
+        theirs = [other.submit(y, Plan((0, 0))) for _ in range(4)]
+        assert all(torch.equal(f.result().output, chain.run(x, 0, N)) for f in mine)
+        assert all(torch.equal(f.result().output, chain.run(y, 0, N)) for f in theirs)
+
+
+def test_the_input_may_be_reused_at_once(client, chain):
+    x = sample_input(8)
+    wanted = chain.run(x, 0, N)
+    future = client.submit(x, Plan((0, 0)))
+    x.zero_()
+    assert torch.equal(future.result().output, wanted)
+
+
+def test_status_comes_from_every_node(client):
+    until(lambda: not any(s.down for s in client.status().values()))
+    until(lambda: client.status()[0].hop_rtt_s is not None)
+    client.probe(1, 100_000, 2)
+    until(lambda: client.status()[1].hop_bytes_per_s is not None)
+    status = client.status()
+    assert sorted(status) == [0, 1, 2]
+    assert status[1].hop_age_s >= 0 and status[1].hop_backlog_bytes == 0
+    assert status[2].hop_bytes_per_s is None
+    assert all(s.meter and s.energy_j is not None and 0 <= s.load <= 0.9 for s in status.values())
+
+
+def test_probes_measure_round_trips(client):
+    rtts = client.probe(0, 50_000, 4)
+    assert len(rtts) == 4 and min(rtts) > 0
+    with pytest.raises(RequestError, match="payload_bytes"):
+        client.probe(0, 10**9)
+    with pytest.raises(RequestError, match=r"hop must be .* 0\.\.1"):
+        client.probe(2, 1000)
+
+
+def test_a_profile_covers_nodes_hops_and_overhead(client, chain):
+    profile = client.profile(repeats=1)
+    assert profile.spec == chain.spec and profile.weights_digest == chain.digest
+    assert [node.name for node in profile.nodes] == ["edge", "fog", "cloud"]
+    assert all(sum(node.unit_s) > 0 and node.stage_overhead_s > 0 for node in profile.nodes)
+    assert all(hop.bytes_per_s > 0 for hop in profile.hops)
+
+
+def test_the_client_bounds_what_is_in_flight(cluster):
+    with Client(cluster, max_in_flight=2) as client:
+        client.connect()
+        futures = [client.submit(sample_input(0), Plan((N, N))) for _ in range(2)]
+        with pytest.raises(RequestRefused, match="bound is 2"):
+            client.submit(sample_input(0), Plan((N, N)))
+        assert client.in_flight == 2
+        for future in futures:
+            future.result()
+        client.submit(sample_input(0), Plan((N, N))).result()
+
+
+def test_what_cannot_run_is_refused_before_it_is_sent(client):
+    with pytest.raises(ConfigError, match="1 cuts"):
+        client.submit(sample_input(0), Plan((3,)))
+    with pytest.raises(ConfigError, match=r"0\.\.21"):
+        client.submit(sample_input(0), Plan((3, 22)))
+    with pytest.raises(RequestError, match="602112 bytes of float32"):
+        client.submit(sample_input(0).double(), Plan((3, 4)))
+    assert client.in_flight == 0
+
+
+def test_garbage_is_counted_and_a_bad_body_is_answered(cluster, client, chain):
+    before = client.status()[0].bad_frames
+    digest = bytes.fromhex(chain.digest)
+
+    def request(**changes):
+        header = Header(Kind.INFER, client=b"s" * 16, seq=1, cuts=(10, 19), digest=digest)
+        body = array_body(header, sample_input(0).numpy())
+        for name, value in changes.items():
+            setattr(header, name, value)
+        return header, body
+
+    with stranger(cluster) as (dealer, answer):
+        for garbage in ([b"x"], [b"", b""], [b"SPLT" + bytes(200)], [b"a", b"b", b"c"]):
+            dealer.send_multipart(garbage)
+        dealer.send(pack(Header(Kind.STATUS)))
+        until(lambda: client.status()[0].bad_frames >= before + 5)
+
+        header, body = request()
+        small = Header(Kind.INFER, client=b"s" * 16, cuts=(10, 19), digest=digest)
+        small_body = array_body(small, np.zeros((1, 3, 2, 2), np.float32))
+        wide = Header(Kind.INFER, client=b"s" * 16, cuts=(10, 19), digest=digest)
+        wide_body = array_body(wide, np.zeros((3, 1, 224, 224), np.float32))
+        for message, code, words in (
+            ([pack(header), body[:-4]], "bad_body", "the header says 602112"),
+            ([pack(header)], "bad_body", "body is 0 bytes"),
+            ([pack(small), small_body], "bad_body", "cut 0 carries 602112 bytes"),
+            ([pack(wide), wide_body], "failed", "RuntimeError"),
+            ([pack(request(digest=bytes(8))[0]), body], "wrong_model", "asked for 0000"),
+            ([pack(request(cuts=(10,))[0]), body], "bad_plan", "2"),
+            ([pack(request(cuts=(9, 3))[0]), body], "bad_plan", "not decrease"),
+            ([pack(request(cuts=(9, 99))[0]), body], "bad_plan", "0..21"),
+            ([pack(Header(Kind.PROFILE, client=b"s" * 16))], "bad_body", "JSON"),
+        ):
+            dealer.send_multipart(message)
+            error = decode_json(answer(Kind.ERROR).body)
+            assert error["code"] == code and words in error["reason"], error
+            assert error["reason"].startswith("node edge: ")
+    x = sample_input(3)
+    reply = client.submit(x, Plan((10, 19))).result()
+    assert torch.equal(reply.output, chain.run(x, 0, N))
+
+
+def test_a_node_over_its_bound_refuses_and_goes_on(chain):
+    cluster = make_cluster(["edge", "cloud"], max_queue=1)
+    with local_nodes(cluster, ratio=4.0), Client(cluster) as client:
+        client.connect()
+        x = sample_input(0)
+        futures = [client.submit(x, Plan((N,))) for _ in range(8)]
+        errors = [future.exception() for future in futures]
+        refused = [error for error in errors if error is not None]
+        assert refused and len(refused) < 8
+        assert all(isinstance(e, RequestRefused) and "queue is full" in str(e) for e in refused)
+        until(lambda: client.status()[0].refused == len(refused))
+        assert torch.equal(client.submit(x, Plan((N,))).result().output, chain.run(x, 0, N))
+
+
+def test_paced_work_is_what_the_pacer_says(chain):
+    cluster = make_cluster(["edge", "cloud"])
+    with local_nodes(cluster, ratio=3.0) as nodes, Client(cluster) as client:
+        client.connect()
+        plain = client.submit(sample_input(0), Plan((10,))).result().record
+        assert all(0 < w <= s for w, s in zip(plain.work_s, plain.stage_s, strict=True))
+        nodes[0]._control(b'{"load": 0.5}')
+        nodes[0]._control(b'{"load": "much"}')
+        loaded = client.submit(sample_input(0), Plan((10,))).result().record
+        assert loaded.stage_s[0] >= 2 * loaded.work_s[0] > 0
+        until(lambda: client.status()[0].load == 0.5)
+        assert client.status()[0].stages == 2
+
+
+def test_a_dead_node_ends_in_a_timeout_and_counts_as_down(chain):
+    cluster = make_cluster(["edge", "cloud"])
+    with local_nodes(cluster) as nodes, Client(cluster, timeout_s=1.5) as client:
+        client.connect()
+        until(lambda: not any(s.down for s in client.status().values()))
+        nodes[1].stop()
+        with pytest.raises(RequestTimeout, match="silent nodes: cloud"):
+            client.submit(sample_input(0), Plan((0,))).result()
+        assert [s.down for s in client.status().values()] == [False, True]
+        assert client.in_flight == 0
+        x = sample_input(1)
+        assert torch.equal(client.submit(x, Plan((N,))).result().output, chain.run(x, 0, N))
+
+
+def test_other_weights_fail_the_handshake(tmp_path, chain):
+    weights = str(tmp_path / "other.pt")
+    from torchvision.models import get_model
+
+    torch.save(get_model(MODEL).state_dict(), weights)  # executor.model is imported above
+    other = build_chain(MODEL, weights)
+    cluster = make_cluster(["edge", "cloud"])
+    different = Cluster(MODEL, weights, cluster.nodes, threads=1)
+    with local_nodes(cluster, clusters=[cluster, different]), Client(cluster) as client:
+        with pytest.raises(HandshakeError) as caught:
+            client.connect()
+        for part in ("node cloud", chain.digest, other.digest):
+            assert part in str(caught.value)
+        with pytest.raises(HandshakeError, match="connect"):
+            client.submit(sample_input(0), Plan((3,)))
+
+
+def test_an_absent_node_fails_the_handshake():
+    cluster = make_cluster(["edge", "cloud"])
+    with Client(cluster) as client, pytest.raises(HandshakeError, match="node edge at 127"):
+        client.connect(timeout_s=0.3)
+
+
+def test_closing_ends_open_requests():
+    cluster = make_cluster(["edge", "cloud"])
+    with local_nodes(cluster, ratio=20.0):
+        client = Client(cluster)
+        client.connect()
+        future = client.submit(sample_input(0), Plan((N,)))
+        client.close()
+        with pytest.raises(RequestError, match="closed"):
+            future.result(5)
+        with pytest.raises(HandshakeError, match="closed"):
+            client.submit(sample_input(0), Plan((N,)))
+
+
+def test_curve_admits_known_keys_only(tmp_path, chain):
+    keys, others = tmp_path / "keys", tmp_path / "others"
+    for folder in (keys, others):
+        folder.mkdir()
+    for name in ("edge", "cloud", "client"):
+        zmq.auth.create_certificates(keys, name)
+    zmq.auth.create_certificates(others, "client")
+    (others / "edge.key").write_bytes((keys / "edge.key").read_bytes())
+    cluster = make_cluster(["edge", "cloud"], keys_dir=str(keys))
+    with local_nodes(cluster):
+        with Client(cluster) as client:
+            client.connect()
+            x = sample_input(0)
+            reply = client.submit(x, Plan((4,))).result()
+            assert torch.equal(reply.output, chain.run(x, 0, N))
+        for keys_dir in (None, str(others)):
+            unknown = Cluster(MODEL, "none", cluster.nodes, keys_dir=keys_dir)
+            with Client(unknown) as client, pytest.raises(HandshakeError):
+                client.connect(timeout_s=0.7)
+
+
+def test_a_taken_port_ends_with_2_and_one_line(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        nodes = (NodeConfig("edge", "127.0.0.1", port), NodeConfig("cloud", "127.0.0.1", 1))
+        path = tmp_path / "cluster.toml"
+        path.write_text(Cluster(MODEL, "none", nodes).to_toml())
+        process = start(None, "edge", path, stdin=subprocess.DEVNULL)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and out == ""
+    assert err.count("\n") == 1
+    assert f"cannot bind 127.0.0.1:{port}" in err and "in use" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--role", "fgo"], "unknown role 'fgo'"),
+        (["--role", "edge", "--threads", "0"], "--threads must be"),
+        (["--role", "edge", "--ratio", "-1"], "ratio must be positive"),
+        (["--role", "edge", "--device", "cuda:99"], "cuda:99"),
+        (["--role", "cloud"], "--insecure"),
+        (["--role", "edge", "--cluster", "absent.toml"], "absent.toml"),
+    ],
+)
+def test_wrong_settings_end_with_2_and_one_line(tmp_path, capsys, args, words):
+    (port,) = free_ports(1)
+    nodes = (NodeConfig("edge", "127.0.0.1", port), NodeConfig("cloud", "0.0.0.0", 1, "::1", 1))
+    path = tmp_path / "cluster.toml"
+    path.write_text(Cluster(MODEL, "none", nodes).to_toml())
+    assert main(["--cluster", str(path), *args]) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1
+
+
+def test_no_file_descriptor_is_left_open(chain):
+    def run():
+        cluster = make_cluster(["edge", "cloud"])
+        with local_nodes(cluster), Client(cluster) as client:
+            client.connect()
+            client.submit(sample_input(0), Plan((0,))).result()
+
+    run()  # what is opened once per process is opened here
+    before = len(os.listdir("/proc/self/fd"))
+    run()
+    assert len(os.listdir("/proc/self/fd")) <= before

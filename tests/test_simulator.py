@@ -1,0 +1,499 @@
+"""The simulator against a plain event-by-event one, and the laws its records must obey."""
+
+import heapq
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from env.conditions import Conditions
+from env.cost import Cost, IntervalRecord
+from env.predict import CostModel
+from env.scenario import HopSetup, NodeSetup, Process, Scenario
+from env.simulator import DRAIN_DEADLINES, MEASURED_BYTES, REPLY_RATE_FLOOR, Simulator
+from executor.errors import ConfigError
+from executor.plan import ModelSpec
+from executor.profile import HopModel, NodePower, NodeProfile, Profile
+
+SPEC = ModelSpec(
+    name="toy",
+    unit_names=("a", "b", "c", "d", "e", "f"),
+    cut_bytes=(600_000, 900_000, 200_000, 120_000, 40_000, 9_000, 4_000),
+    has_params=(True, False, True, True, True, True),
+    head_start=4,
+    static_plan=(2, 4),
+)
+
+
+def toy_profile(n_nodes):
+    ratios = (12.0, 3.0, 1.0, 0.5)[:n_nodes]
+    unit = np.array([4.0, 0.0, 6.0, 3.0, 8.0, 2.0]) * 1e-3
+    return Profile(
+        spec=SPEC,
+        nodes=tuple(
+            NodeProfile(
+                name=f"n{k}",
+                unit_s=tuple((unit * r).tolist()),
+                stage_overhead_s=1e-3 * r,
+                power=NodePower("d", 3.0, 2.0 + k, 0.5, "test"),
+                meter="none",
+            )
+            for k, r in enumerate(ratios)
+        ),
+        hops=tuple(HopModel(4e6, 0.008, 5e-4 * (h + 1)) for h in range(n_nodes - 1)),
+    )
+
+
+def toy_scenario(n_nodes, outage_mbps=0.0, **changes):
+    def load(k):
+        return Process("markov", (0.0, 0.3 + 0.2 * k), dwell_s=3.0, sigma=0.05, log=False)
+
+    hop = Process(
+        "markov",
+        (2.0, 12.0, 60.0),
+        dwell_s=3.0,
+        sigma=0.3,
+        outage_per_s=0.15,
+        outage_value=outage_mbps,
+    )
+    scenario = Scenario(
+        nodes=tuple(NodeSetup(f"n{k}", "pi4", load=load(k)) for k in range(n_nodes)),
+        hops=tuple(HopSetup(hop, 0.004 * (1 + 5 * h)) for h in range(n_nodes - 1)),
+        arrivals=Process("markov", (0.4, 2.0), dwell_s=4.0),
+        rate_rps=6.0,
+        max_in_flight=20,
+    )
+    return scenario.replace(**changes)
+
+
+def constant_scenario(mbps=8.0, load=0.0, **changes):
+    calm = Process(levels=(load,), log=False)
+    hops = [HopSetup(Process(levels=(mbps,)), delay) for delay in (0.01, 0.02)]
+    return Scenario(
+        nodes=tuple(NodeSetup(f"n{k}", "pi4", load=calm) for k in range(3)), hops=tuple(hops)
+    ).replace(**changes)
+
+
+def random_cuts(rng, batch, n_hops):
+    return np.sort(rng.integers(0, SPEC.n_units + 1, (batch, n_hops)), axis=1)
+
+
+@dataclass
+class Item:
+    """A request or probe of the reference simulation."""
+
+    arrival_s: float
+    route: list  # (station, work, seconds until the next station after service)
+    back: list = field(default_factory=list)  # hops the output returns over
+    service: dict = field(default_factory=dict)  # station -> (arrive, start, end)
+    completion_s: float = float("nan")
+
+
+class Reference:
+    """One environment, event by event; rates are lists of (start time, rate), held at the end."""
+
+    def __init__(self, profile, scenario, rates, substep_s):
+        self.profile, self.scenario = profile, scenario
+        self.rates, self.substep_s = rates, substep_s
+
+    def rate(self, station, t):
+        series = self.rates[station]
+        return series[min(int(t / self.substep_s + 1e-12), len(series) - 1)]
+
+    def finish(self, station, start, work):
+        series, t = self.rates[station], start
+        while t < float("inf"):
+            k = int(t / self.substep_s + 1e-12)
+            if k >= len(series) - 1:
+                return t + work / series[-1] if series[-1] > 0 else float("inf")
+            rate, end = series[k], (k + 1) * self.substep_s
+            if rate * (end - t) >= work:
+                return t + work / rate
+            work -= rate * (end - t)
+            t = end
+        return t
+
+    def work_done(self, station, a, b):
+        """Work the station can do from a to b; 0 if b <= a."""
+        series, total = self.rates[station], 0.0
+        for k, rate in enumerate(series):
+            start = k * self.substep_s
+            end = start + self.substep_s if k < len(series) - 1 else float("inf")
+            if a < end and b > start and rate > 0:
+                total += rate * max(0.0, min(b, end) - max(a, start))
+        return total
+
+    def request(self, arrival_s, cuts):
+        n, profile = SPEC.n_units, self.profile
+        bounds = [0, *cuts, n]
+        route, back = [], []
+        for k in range(profile.n_nodes):
+            if bounds[k + 1] > bounds[k]:
+                seconds = sum(profile.nodes[k].unit_s[bounds[k] : bounds[k + 1]])
+                route.append((2 * k, seconds + profile.nodes[k].stage_overhead_s, 0.0))
+            if k < len(cuts) and cuts[k] < n:
+                lag = self.scenario.hops[k].one_way_delay_s + profile.hops[k].frame_overhead_s
+                route.append((2 * k + 1, float(SPEC.cut_bytes[cuts[k]]), lag))
+                back.append(k)
+        return Item(arrival_s, route, back)
+
+    def run(self, items):
+        free = dict.fromkeys(range(len(self.rates)), 0.0)
+        heap = [(item.arrival_s, i, 0, item) for i, item in enumerate(items)]
+        heapq.heapify(heap)
+        while heap:
+            t, i, step, item = heapq.heappop(heap)
+            if step == len(item.route):
+                item.completion_s = t + sum(
+                    self.scenario.hops[h].one_way_delay_s
+                    + SPEC.cut_bytes[-1] / max(self.rate(2 * h + 1, t), REPLY_RATE_FLOOR)
+                    for h in item.back
+                )
+                continue
+            station, work, lag = item.route[step]
+            start = max(t, free[station])
+            end = free[station] = self.finish(station, start, work)
+            item.service[station] = (t, start, end)
+            if end < float("inf"):
+                heapq.heappush(heap, (end + lag, i, step + 1, item))
+
+
+def overlap(a, b, t0, t1):
+    return max(0.0, min(b, t1) - max(a, t0))
+
+
+def union(spans):
+    total, reached = 0.0, -1.0
+    for a, b in sorted(spans):
+        total += max(0.0, b - max(a, reached))
+        reached = max(reached, b)
+    return total
+
+
+def rollout(n_nodes, seed, interval_s, steps, batch=4, probing=False, hold=4):
+    """Run the simulator under random plans; everything needed to check it."""
+    scenario = toy_scenario(n_nodes, interval_s=interval_s)
+    model = CostModel(toy_profile(n_nodes), scenario)
+    sim = Simulator(model, batch, seed, record_requests=True)
+    rng = np.random.default_rng(seed + 1)
+    results, plans, probes = [], [], []
+    cuts = random_cuts(rng, batch, n_nodes - 1)
+    for k in range(steps):
+        if k % hold == 0:
+            cuts = random_cuts(rng, batch, n_nodes - 1)
+        sent = np.where(rng.random(cuts.shape) < 0.2, rng.choice([3000.0, 65536.0]), 0.0)
+        plans.append(cuts)
+        probes.append(sent if probing else np.zeros(cuts.shape))
+        results.append(sim.step(cuts, probes[-1] if probing else None))
+    drained = sim.drain_completed()
+    return sim, model, results, drained, plans, probes
+
+
+def conditions_of(scenario, rate, seed, steps):
+    conditions = Conditions(scenario, rate, seed)
+    return conditions, [conditions.next() for _ in range(steps)]
+
+
+def references(sim, model, results, drained, seed, probes):
+    """Per environment: the reference after running the simulator's accepted requests, and rows."""
+    scenario, steps = model.scenario, len(results)
+    conditions, intervals = conditions_of(scenario, sim.n_ref, seed, steps)
+    speed = np.concatenate([c.node_speed for c in intervals], axis=2)
+    hop = np.concatenate([c.hop_bytes_per_s for c in intervals], axis=2)
+    done = [r.completed for r in [*results, drained]]
+    for b in range(sim.batch):
+        rates = [None] * (2 * len(hop[0]) + 1)
+        rates[0::2], rates[1::2] = [list(s) for s in speed[b]], [list(h) for h in hop[b]]
+        reference = Reference(model.profile, scenario, rates, conditions.substep_s)
+        rows = [(c, i) for c in done for i in np.flatnonzero(c.env == b)]
+        kept = [(c, i) for c, i in rows if not (c.lost[i] and c.work_s[i].sum() == 0)]
+        items = [reference.request(c.arrival_s[i], tuple(c.cuts[i])) for c, i in kept]
+        sent = []
+        for k, sizes in enumerate(probes):
+            for h in np.flatnonzero(sizes[b]):
+                sent.append(Item(k * scenario.interval_s, [(2 * h + 1, sizes[b, h], 0.0)]))
+        yield b, reference, kept, items, sent, intervals
+
+
+@pytest.mark.parametrize("n_nodes", [2, 3, 4])
+@pytest.mark.parametrize(("interval_s", "steps"), [(1.0, 20), (0.2, 50), (2.5, 10)])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_equals_event_by_event(n_nodes, interval_s, steps, seed):
+    sim, model, results, drained, _, _ = rollout(n_nodes, seed, interval_s, steps)
+    end = steps * interval_s + DRAIN_DEADLINES * model.references.deadline_s
+    checked = overtaken = 0
+    for b, reference, rows, items, _, intervals in references(
+        sim, model, results, drained, seed, []
+    ):
+        reference.run(items)
+        for (c, i), item in zip(rows, items, strict=True):
+            if c.lost[i]:  # given up in the drain
+                assert not item.completion_s <= end
+                continue
+            assert c.completion_s[i] == pytest.approx(item.completion_s, abs=1e-6)
+            for k in range(n_nodes):
+                _, start, stop = item.service.get(2 * k, (0, 0, 0))
+                assert c.stage_s[i, k] == pytest.approx(stop - start, abs=1e-6)
+                work = dict((s, w) for s, w, _ in item.route).get(2 * k, 0.0)
+                assert c.work_s[i, k] == pytest.approx(work, abs=1e-12)
+            for h in range(n_nodes - 1):
+                _, start, stop = item.service.get(2 * h + 1, (0, 0, 0))
+                assert c.transmit_s[i, h] == pytest.approx(stop - start, abs=1e-6)
+            checked += 1
+        order = sorted(items, key=lambda x: x.arrival_s)
+        ends = [x.completion_s for x in order if np.isfinite(x.completion_s)]
+        overtaken += sum(a > b for a, b in pairwise(ends))
+        check_records(b, reference, model, results, items, intervals)
+    assert checked > 50 and overtaken > 0
+
+
+def check_records(b, reference, model, results, items, intervals):
+    """Records and states of environment b against the reference's requests."""
+    dt, held = model.scenario.interval_s, {}
+    spans = [(x.arrival_s, x.completion_s if np.isfinite(x.completion_s) else 1e9) for x in items]
+    uses = {s: [] for s in range(len(reference.rates))}
+    for item in items:
+        for station, work, _ in item.route:
+            if station in item.service:
+                uses[station].append((*item.service[station], work))
+    for k, result in enumerate(results):
+        t0, t1 = k * dt, (k + 1) * dt
+        r, s = result.record, result.state
+        live = [(max(a, t0), min(e, t1)) for a, e in spans if a < t1 and e > t0]
+        assert r.outstanding_s[b] == pytest.approx(sum(e - a for a, e in live), abs=1e-6)
+        assert r.union_s[b] == pytest.approx(union(live), abs=1e-6)
+        done = [e - a for a, e in spans if t0 < e <= t1]
+        assert r.completed[b] == len(done)
+        assert r.latency_sum_s[b] == pytest.approx(sum(done), abs=1e-6)
+        assert r.late[b] == sum(x > model.references.deadline_s for x in done)
+        mean = np.mean(done) / model.references.latency_s if done else 1.0
+        assert s.latency_ratio[b] == pytest.approx(mean)
+        assert s.in_flight[b] == sum(a < t1 < e for a, e in spans)
+        # The in-flight bound, and nobody refused below it.
+        arrived = intervals[k].arrival_count[b]
+        accepted = min(arrived, model.scenario.max_in_flight - sum(a < t0 < e for a, e in spans))
+        assert (r.arrived[b], r.lost[b]) == (arrived, arrived - accepted)
+        assert s.node_load[b] == pytest.approx(1.0 - intervals[k].node_speed[b, :, -1])
+        for station, here in uses.items():
+            busy = sum(max(0.0, min(e, t1) - max(a, t0)) for _, a, e, _ in here)
+            left = sum(
+                w - reference.work_done(station, a, t1) for at, a, e, w in here if at <= t1 < e
+            )
+            if station % 2:
+                assert r.hop_transmit_s[b, station // 2] == pytest.approx(busy, abs=1e-6)
+                backlog = s.hop_backlog_bytes[b, station // 2]
+                assert backlog == pytest.approx(left, rel=1e-6, abs=0.1)
+            else:
+                spent = sum(
+                    reference.work_done(station, max(a, t0), min(e, t1)) for _, a, e, _ in here
+                )
+                assert r.node_busy_s[b, station // 2] == pytest.approx(busy, abs=1e-6)
+                assert r.node_active_s[b, station // 2] == pytest.approx(spent, abs=1e-6)
+                assert s.node_backlog_s[b, station // 2] == pytest.approx(left, abs=1e-6)
+                continue
+            h = station // 2
+            ended = [(e, e - a, w) for _, a, e, w in here if t0 < e <= t1 and w >= MEASURED_BYTES]
+            if ended:
+                rate = sum(w for *_, w in ended) / sum(wall for _, wall, _ in ended)
+                held[h] = (rate, max(ended)[0])
+            rate, seen = held.get(h, (model.profile.hops[h].bytes_per_s, 0.0))
+            assert s.bytes_per_s[b, h] == pytest.approx(rate, rel=1e-6)
+            assert s.bandwidth_age_s[b, h] == pytest.approx(t1 - seen, abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_probes_queue_with_the_frames(seed):
+    sim, model, results, drained, _, probes = rollout(3, seed, 1.0, 30, probing=True)
+    measured = 0
+    for b, reference, rows, items, sent, _ in references(
+        sim, model, results, drained, seed, probes
+    ):
+        # While a probe is on its way no second is sent: drop those, first to last.
+        while True:
+            # A probe that arrives with a request queues behind those already there.
+            reference.run([*items, *sent])
+            open_until = {}
+            for probe in sorted(sent, key=lambda x: x.arrival_s):
+                station = probe.route[0][0]
+                if probe.arrival_s < open_until.get(station, -1.0):
+                    sent = [x for x in sent if x is not probe]
+                    break
+                open_until[station] = probe.service[station][2]
+            else:
+                break
+        for (c, i), item in zip(rows, items, strict=True):
+            if not c.lost[i]:
+                assert c.completion_s[i] == pytest.approx(item.completion_s, abs=1e-6)
+        for k, result in enumerate(results):
+            for h in range(2):
+                uses = [x.service[2 * h + 1] for x in [*items, *sent] if 2 * h + 1 in x.service]
+                busy = sum(overlap(start, end, k, k + 1) for _, start, end in uses)
+                assert result.record.hop_transmit_s[b, h] == pytest.approx(busy, abs=1e-6)
+                measured += result.state.bandwidth_age_s[b, h] < 1.0
+    assert measured > 50
+
+
+@pytest.mark.parametrize("n_nodes", [2, 3, 4])
+def test_littles_law_over_an_episode_and_its_drain(n_nodes):
+    scenario = toy_scenario(n_nodes, outage_mbps=2.0, rate_rps=3.0, max_in_flight=1000, deadline_s=100.0)
+    sim = Simulator(CostModel(toy_profile(n_nodes), scenario), 6, 3)
+    rng = np.random.default_rng(0)
+    total = IntervalRecord.zeros(6, n_nodes)
+    for _ in range(30):
+        total.add(sim.step(random_cuts(rng, 6, n_nodes - 1)).record)
+    open_after = total.arrived - total.completed
+    total.add(sim.drain())
+    assert open_after.sum() > 0
+    np.testing.assert_array_equal(total.completed, total.arrived)
+    np.testing.assert_allclose(total.outstanding_s, total.latency_sum_s, rtol=1e-9)
+
+
+def test_a_hand_computed_request_and_its_energy():
+    # 8 Mbit/s = 1e6 bytes/s; plan (2, 4): edge units 0-1, fog 2-3, cloud 4-5.
+    scenario = constant_scenario(load=0.5, rate_rps=1e-9, interval_s=10.0)
+    profile = toy_profile(3)
+    model = CostModel(profile, scenario)
+    sim = Simulator(model, 1, 0, rate_rps=0.05, record_requests=True)
+    rows = []
+    total = IntervalRecord.zeros(1, 3)
+    while not rows:
+        result = sim.step(np.array([[2, 4]]))
+        total.add(result.record)
+        if result.record.arrived[0] > 1:
+            pytest.fail("expected a single request; choose another seed")
+        if len(result.completed.env):
+            rows.append(result.completed)
+    edge, fog, cloud = 0.048 + 0.012, 0.027 + 0.003, 0.010 + 0.001
+    hop0, hop1 = 0.2, 0.04
+    reply = 2 * 0.004
+    latency = 2 * (edge + fog + cloud) + hop0 + hop1 + 0.0005 + 0.001 + 2 * 0.03 + reply
+    assert rows[0].completion_s[0] - rows[0].arrival_s[0] == pytest.approx(latency)
+    np.testing.assert_allclose(total.node_active_s[0], [edge, fog, cloud])
+    np.testing.assert_allclose(total.node_busy_s[0], [2 * edge, 2 * fog, 2 * cloud])
+    np.testing.assert_allclose(total.hop_transmit_s[0], [hop0, hop1])
+    energy = Cost(profile, model.references, scenario).energy(total)
+    edge_j = 3.0 * latency + 2.0 * edge + 0.5 * hop0
+    assert energy.edge_full_j[0] == pytest.approx(edge_j)
+    assert energy.total_full_j[0] == pytest.approx(edge_j + 3.0 * fog + 4.0 * cloud + 0.5 * hop1)
+    assert energy.edge_compute_j[0] == pytest.approx(12.0 * 2 * edge)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_does_not():
+    model = CostModel(toy_profile(3), toy_scenario(3))
+    rng = np.random.default_rng(0)
+    cuts = [random_cuts(rng, 4, 2) for _ in range(12)]
+
+    def costs(sim, seed):
+        sim.reset(seed)
+        return np.array([sim.step(c).record.outstanding_s for c in cuts])
+
+    sim = Simulator(model, 4, 7)
+    first = costs(sim, 7)
+    np.testing.assert_array_equal(first, costs(sim, 7))
+    np.testing.assert_array_equal(first, costs(Simulator(model, 4, 99), 7))
+    assert not np.array_equal(first, costs(sim, 8))
+
+
+def test_reset_without_a_seed_goes_on_with_a_sequence_of_its_own():
+    model = CostModel(toy_profile(3), toy_scenario(3))
+    cuts = np.full((3, 2), SPEC.n_units)
+
+    def arrivals(sim):
+        sim.reset()
+        return np.array([sim.step(cuts).record.arrived for _ in range(8)])
+
+    a, b = Simulator(model, 3, 5), Simulator(model, 3, 5)
+    one, two = arrivals(a), arrivals(a)
+    assert not np.array_equal(one, two)
+    np.testing.assert_array_equal(one, arrivals(b))
+    np.testing.assert_array_equal(two, arrivals(b))
+
+
+def test_conditions_do_not_depend_on_actions():
+    model = CostModel(toy_profile(3), toy_scenario(3))
+    runs = []
+    for seed in (0, 1):
+        sim, rng = Simulator(model, 5, 11), np.random.default_rng(seed)
+        steps = [sim.step(random_cuts(rng, 5, 2)) for _ in range(20)]
+        runs.append([(s.record.arrived, s.state.node_load, s.state.arrival_rps) for s in steps])
+    for one, two in zip(*runs, strict=True):
+        for x, y in zip(one, two, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+def test_drain_is_bounded_and_gives_up_what_an_outage_holds():
+    scenario = constant_scenario(mbps=1e-6, rate_rps=4.0)
+    sim = Simulator(CostModel(toy_profile(3), scenario), 2, 0, record_requests=True)
+    arrived = sum(sim.step(np.zeros((2, 2), dtype=np.int64)).record.arrived for _ in range(3))
+    end = sim.drain_completed()
+    np.testing.assert_array_equal(end.record.lost, arrived)
+    assert end.completed.lost.all() and len(end.completed.env) == arrived.sum()
+    limit = DRAIN_DEADLINES * sim.model.references.deadline_s
+    np.testing.assert_allclose(end.record.outstanding_s, arrived * limit)
+    assert end.state.in_flight.sum() == 0
+    assert sim.drain().outstanding_s.sum() == 0
+
+
+def test_a_drain_before_any_step_is_empty():
+    sim = Simulator(CostModel(toy_profile(2), toy_scenario(2)), 2, 0)
+    assert sim.drain().outstanding_s.sum() == 0
+
+
+def test_many_requests_in_flight_are_kept_apart():
+    scenario = toy_scenario(3, rate_rps=60.0, max_in_flight=400)
+    sim = Simulator(CostModel(toy_profile(3), scenario), 3, 0)
+    cuts = np.full((3, 2), SPEC.n_units)
+    total, most = IntervalRecord.zeros(3, 3), 0.0
+    for _ in range(20):
+        result = sim.step(cuts)
+        total.add(result.record)
+        np.testing.assert_array_equal(
+            result.state.in_flight, total.arrived - total.lost - total.completed
+        )
+        most = max(most, result.state.in_flight.max())
+    assert total.lost.sum() > 0 and 390 < most <= 400
+
+
+def test_rates_per_environment_and_drawn():
+    model = CostModel(
+        toy_profile(2),
+        constant_scenario().replace(
+            nodes=constant_scenario().nodes[:2], hops=constant_scenario().hops[:1]
+        ),
+    )
+    sim = Simulator(model, 2, 0, rate_rps=np.array([1.0, 20.0]))
+    cuts = np.full((2, 1), SPEC.n_units)
+    arrived = sum(sim.step(cuts).record.arrived for _ in range(40))
+    assert 10 < arrived[0] < 90 < 600 < arrived[1] < 1000
+    drawn = Simulator(model, 50, 0, rate_rps=(2.0, 4.0))
+    first = drawn.n_ref
+    assert first.min() >= 2.0 and first.max() <= 4.0 and np.ptp(first) > 1.0
+    drawn.reset()
+    assert not np.array_equal(first, drawn.n_ref)
+
+
+@pytest.mark.parametrize(
+    ("cuts", "message"),
+    [
+        (np.zeros((2, 3), dtype=int), "shape"),
+        (np.array([[0, 7], [0, 0]]), "0..6"),
+        (np.array([[-1, 0], [0, 0]]), "0..6"),
+        (np.array([[4, 2], [0, 0]]), "not decrease"),
+    ],
+)
+def test_wrong_cuts_are_named(cuts, message):
+    sim = Simulator(CostModel(toy_profile(3), toy_scenario(3)), 2, 0)
+    with pytest.raises(ConfigError, match=message):
+        sim.step(cuts)
+
+
+def test_wrong_sizes_are_named():
+    model = CostModel(toy_profile(2), toy_scenario(2))
+    with pytest.raises(ConfigError, match="batch"):
+        Simulator(model, 0, 0)
+    with pytest.raises(ConfigError, match="rate_rps"):
+        Simulator(model, 1, 0, rate_rps=-1.0)
+    sim = Simulator(model, 1, 0)
+    with pytest.raises(ConfigError, match="probe"):
+        sim.step(np.array([[0]]), np.array([[1e9]]))

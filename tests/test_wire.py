@@ -1,0 +1,187 @@
+"""Frames survive the wire, and whatever else comes over it is a WireError."""
+
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from executor.errors import WireError
+from executor.wire import (
+    MAX_BODY_BYTES,
+    Frame,
+    Header,
+    HopStamp,
+    Kind,
+    StageStamp,
+    array_body,
+    array_of,
+    decode_json,
+    encode_json,
+    pack,
+    parse,
+    parse_header,
+)
+
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+CUTS = st.lists(st.integers(0, 65535), max_size=5).map(tuple)
+
+
+def infer(shape=(1, 3, 4, 4), cuts=(2, 5)):
+    array = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    header = Header(Kind.INFER, client=b"c" * 16, seq=7, cuts=cuts, digest=b"d" * 8)
+    body = array_body(header, array)
+    return header, body, array
+
+
+def test_a_tensor_frame_round_trips():
+    header, body, array = infer()
+    header.stages = [StageStamp(1.0, 2.0, 3.0, 0.5), StageStamp(), StageStamp(4.0)]
+    header.hops = [HopStamp(3.0, 4.0, 3.5), HopStamp()]
+    frame = parse([pack(header), body])
+    assert frame.header == header
+    assert np.array_equal(array_of(frame.header, frame.body), array)
+
+
+@given(
+    kind=st.sampled_from(Kind),
+    client=st.binary(min_size=16, max_size=16),
+    seq=st.integers(0, 2**64 - 1),
+    cuts=CUTS,
+    clock=st.tuples(FINITE, FINITE, FINITE),
+    data=st.data(),
+)
+@settings(deadline=None, max_examples=100)
+def test_any_header_round_trips(kind, client, seq, cuts, clock, data):
+    header = Header(kind, client=client, seq=seq, cuts=cuts, clock_s=clock)
+    if kind in (Kind.INFER, Kind.RESULT):
+        four, three = st.tuples(*[FINITE] * 4), st.tuples(*[FINITE] * 3)
+        header.stages = [StageStamp(*data.draw(four)) for _ in range(len(cuts) + 1)]
+        header.hops = [HopStamp(*data.draw(three)) for _ in cuts]
+    assert parse_header(pack(header)) == header
+
+
+@given(
+    edits=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=6),
+    cut_at=st.integers(0, 400),
+    extra=st.binary(max_size=20),
+    body_change=st.integers(-4, 4),
+)
+@settings(deadline=None, max_examples=400)
+def test_mutated_bytes_give_a_frame_or_a_wire_error(edits, cut_at, extra, body_change):
+    header, body, _ = infer()
+    raw = bytearray(pack(header))
+    for position, value in edits:
+        raw[position % len(raw)] = value
+    raw = raw[:cut_at] + extra if cut_at < len(raw) else raw + extra
+    data = bytes(body)[: len(body) + min(body_change, 0)] + bytes(max(body_change, 0))
+    try:
+        frame = parse([bytes(raw), data])
+        assert isinstance(frame, Frame)
+        if frame.header.dtype is not None:
+            assert array_of(frame.header, frame.body).shape == frame.header.shape
+    except WireError as error:
+        assert str(error)
+
+
+@given(parts=st.lists(st.binary(max_size=300), max_size=3))
+@settings(deadline=None, max_examples=200)
+def test_random_bytes_give_a_frame_or_a_wire_error(parts):
+    try:
+        parse(parts)
+    except WireError as error:
+        assert str(error)
+
+
+@given(body=st.binary(max_size=200) | st.text(max_size=100).map(str.encode))
+@settings(deadline=None, max_examples=200)
+def test_a_json_body_is_an_object_or_a_wire_error(body):
+    try:
+        assert isinstance(decode_json(body), dict)
+    except WireError as error:
+        assert str(error)
+
+
+@pytest.mark.parametrize(
+    "body", [b"[" * 100_000, b'{"a": NaN}', b'{"a": 1e999}', b"[1]", b"1" * 5000, b"", None]
+)
+def test_hostile_json_is_refused(body):
+    with pytest.raises(WireError):
+        decode_json(body)
+
+
+def test_json_round_trips_and_refuses_nan():
+    assert decode_json(encode_json({"a": [1, 2.5, None, "x"]})) == {"a": [1, 2.5, None, "x"]}
+    with pytest.raises(WireError):
+        encode_json({"a": float("nan")})
+    with pytest.raises(WireError):
+        encode_json({"a": "x" * 2**20})
+
+
+def test_errors_name_the_field():
+    raw = bytearray(pack(infer()[0]))
+    with pytest.raises(WireError, match="magic"):
+        parse_header(b"NOPE" + bytes(raw[4:]))
+    raw[4] = 9
+    with pytest.raises(WireError, match="wire version 1, got 9"):
+        parse_header(bytes(raw))
+    with pytest.raises(WireError, match="1 or 2 parts, got 3"):
+        parse([b"", b"", b""])
+    with pytest.raises(WireError, match="needs at least"):
+        parse([b"SPLT"])
+
+
+def test_sizes_are_bounded_before_anything_is_allocated():
+    header, _, _ = infer()
+    header.shape, header.body_bytes = (2**31, 2**31, 1, 1), 2**64 - 1
+    with pytest.raises(WireError, match="bound"):
+        parse_header(pack(header))
+    header.body_bytes = MAX_BODY_BYTES
+    with pytest.raises(WireError, match="shape"):
+        parse_header(pack(header))
+
+
+def test_body_must_match_the_header():
+    header, body, _ = infer()
+    with pytest.raises(WireError, match="body is 188 bytes, the header says 192"):
+        parse([pack(header), body[:-4]])
+    with pytest.raises(WireError, match="body is 0 bytes"):
+        parse([pack(header)])
+
+
+def test_timestamps_must_be_finite():
+    raw = bytearray(pack(infer()[0]))
+    raw[-8:] = struct.pack("<d", float("nan"))
+    with pytest.raises(WireError, match="finite"):
+        parse_header(bytes(raw))
+
+
+def test_what_has_no_place_in_the_layout_is_not_packed():
+    for bad in (
+        Header(Kind.INFER, client=b"c", cuts=(1,), seq=-1),
+        Header(Kind.INFER, cuts=(70_000,)),
+        Header(Kind.INFER, cuts=(1,), stages=[StageStamp()]),
+        Header(Kind.RESULT, dtype=np.dtype(np.complex64), shape=(1,), body_bytes=8),
+    ):
+        with pytest.raises(WireError):
+            pack(bad)
+
+
+def test_reading_is_zero_copy_where_the_memory_allows():
+    header, _, array = infer()
+    memory = bytearray(array.tobytes())
+    same = array_of(header, memoryview(memory))
+    memory[:4] = struct.pack("<f", 99.0)
+    assert same.flat[0] == 99.0
+    shifted = memoryview(bytearray(1) + memory)[1:]
+    copied = array_of(header, shifted)
+    assert copied.flags.aligned and copied.flags.writeable
+    readonly = array_of(header, memoryview(bytes(memory)))
+    assert readonly.flags.writeable
+
+
+def test_big_endian_arrays_are_sent_little_endian():
+    header = Header(Kind.RESULT, cuts=(1,))
+    body = array_body(header, np.array([1.5, -2.0], dtype=">f4"))
+    assert array_of(parse_header(pack(header)), body).tolist() == [1.5, -2.0]

@@ -1,0 +1,54 @@
+"""`python train.py --model alexnet`: from running nodes to a policy that decides on them.
+
+Starts the nodes (three processes on this machine, or a cluster), profiles and calibrates them,
+trains a PPO policy in the simulator made from that profile, fine-tunes it on the nodes, and leaves
+the checkpoint in checkpoints/MODEL/. TensorBoard reads runs/.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from agents.cli import CHECKPOINTS, Parser, model_argument, positive_int, run_command
+from agents.pipeline import Pipeline
+from agents.training import TrainingSettings
+from env.scenario import Scenario
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command."""
+    parser = Parser(prog="python train.py", description=__doc__.split("\n\n")[1])
+    parser.add_argument("--model", type=model_argument, default="alexnet")
+    parser.add_argument("--scenario", type=Path, help="scenario file (default: the shipped one)")
+    parser.add_argument("--cluster", type=Path, help="train on these nodes, not on the testbed")
+    parser.add_argument("--steps", type=positive_int, help="simulator steps (default: 3,000,000)")
+    parser.add_argument("--online-steps", type=int, default=40, help="intervals on the nodes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--checkpoint", type=Path, help="where to (default: checkpoints/MODEL)")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="TensorBoard's folder")
+    parser.add_argument("--weights", default="none", help="none, DEFAULT or a file (testbed only)")
+    args = parser.parse_args(argv)
+    if args.online_steps < 0:
+        parser.error(f"--online-steps: expected 0 or more, got {args.online_steps}")
+    training = TrainingSettings(seed=args.seed)
+    if args.steps:
+        training = replace(training, steps=args.steps)
+    pipeline = Pipeline(
+        model_name=args.model,
+        scenario=Scenario.load(args.scenario),
+        training=training,
+        online_steps=args.online_steps,
+        directory=args.checkpoint or CHECKPOINTS / args.model,
+        log_dir=args.runs / f"{args.model}-{time.strftime('%Y%m%d-%H%M%S')}",
+        cluster=args.cluster,
+        weights=args.weights,
+    )
+    pipeline.run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
