@@ -26,6 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cluster", type=Path, help="train on these nodes, not on the testbed")
     parser.add_argument("--steps", type=positive_int, help="simulator steps (default: 3,000,000)")
     parser.add_argument("--online-steps", type=int, default=40, help="intervals on the nodes")
+    parser.add_argument(
+        "--live-intervals", type=positive_int, default=15, help="per arm of the closing table"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint", type=Path, help="where to (default: checkpoints/MODEL)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="TensorBoard's folder")
@@ -45,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         log_dir=args.runs / f"{args.model}-{time.strftime('%Y%m%d-%H%M%S')}",
         cluster=args.cluster,
         weights=args.weights,
+        live_intervals=args.live_intervals,
     )
     pipeline.run()
     return 0

@@ -189,6 +189,20 @@ def live_table(session: Session, decision: Decision, result: StepResult) -> Tabl
     return table
 
 
+def live_line(session: Session, decision: Decision, result: StepResult) -> str:
+    """The same in a line, for a log."""
+    model, record = session.system.model, result.record
+    names = [node.name for node in model.profile.nodes]
+    cuts = tuple(map(int, decision.cuts[0]))
+    done = int(record.completed[0])
+    latency = f"{record.latency_sum_s[0] / done * 1e3:.0f} ms" if done else "-"
+    rates = "/".join(f"{r * 8e-6:.1f}" for r in result.state.bytes_per_s[0])
+    return (
+        f"{session.system.time_s:6.1f} s | {describe_plan(cuts, names, model.profile.spec.n_units)}"
+        f" | {rates} Mbit/s | {result.state.in_flight[0]:.0f} in flight | {done} done, {latency}"
+    )
+
+
 def summary_table(summary: dict[str, Any]) -> Table:
     """The summary for the terminal."""
     table = Table(title=f"{summary['model']}, {summary['controller']}: summary", show_header=False)
@@ -292,11 +306,18 @@ def main(argv: list[str] | None = None) -> int:
             controller = make_controller(args.controller, system, checkpoint)
             session = Session(system, controller)
             status.stop()
-            with Live(console=console, refresh_per_second=4) as live:
+            if console.is_terminal:
+                with Live(console=console, refresh_per_second=4) as live:
+                    session.run(
+                        args.duration or 0.0,
+                        args.seed,
+                        lambda plan, result: live.update(live_table(session, plan, result)),
+                    )
+            else:
                 session.run(
                     args.duration or 0.0,
                     args.seed,
-                    lambda decision, result: live.update(live_table(session, decision, result)),
+                    lambda plan, result: print(live_line(session, plan, result), flush=True),
                 )
             summary = session.summary()
     console.print(summary_table(summary))

@@ -30,7 +30,7 @@ from agents.compare import (
     summarise,
 )
 from agents.controllers import ARMS, ArmContext, Controller, make_arm
-from agents.report import plot, table
+from agents.report import TABLE_WIDTH, plot, table
 from agents.runtime import Checkpoint
 from env.predict import CostModel
 from env.scenario import Scenario
@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(args: argparse.Namespace) -> int:
     console = Console()
+    console.width = max(console.width, TABLE_WIDTH)
     result = _evaluate(args, console)
     for rate, part in result["by_rate"].items():
         title = f"{args.model}, {args.backend}, {rate} of capacity ({part['rate_rps']:.2f}/s)"
@@ -147,7 +148,7 @@ def _evaluate(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             "cost": "per arrived request; 1 edge-only request, unloaded, costs the weights' sum",
             "latency_ms": "from scheduled arrival to output",
             "energy_j": "per completed request",
-            "decide_us": "one decision for one environment",
+            "decide_us": "CPU time of one decision for one environment",
             "battery_h": f"{BATTERY_WH:g} Wh at the edge's mean power, idling included",
         },
         "arms": summarise(pooled, parts[0].model, decide_us),

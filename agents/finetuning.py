@@ -9,13 +9,11 @@ simulator, the paired 95 % interval of their cost ratio lies below 1.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from env.vector import SimulatorVecEnv
 from numpy.typing import NDArray
 from torch.utils.tensorboard.writer import SummaryWriter
 
@@ -30,6 +28,7 @@ from env.predict import CostModel
 from env.simulator import Simulator
 from env.state import Encoder, idle_probes
 from env.system import Completed, StepResult, System
+from env.vector import SimulatorVecEnv
 
 __all__ = ["FinetuneResult", "FinetuneSettings", "finetune"]
 
@@ -137,7 +136,7 @@ def finetune(
         report: Called after every interval with (intervals done, reward).
     """
     torch.manual_seed(seed)
-    start, tuned = policy, copy.deepcopy(policy)
+    start, tuned = policy, policy.clone()
     model, scenario = system.model, system.model.scenario
     encoder, cost, shadow = (
         Encoder(model),
@@ -239,12 +238,12 @@ def _update(
     weight /= weight.mean()
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     with torch.no_grad():
-        anchor_logits = anchor.get_distribution(obs).distribution.logits
+        anchor_logits = _log_probabilities(anchor, obs)
     losses: dict[str, float] = {}
     for _ in range(settings.epochs):
-        for index in torch.randperm(len(obs)).split(512):
+        for index in torch.split(torch.randperm(len(obs)), 512):
             values, log_prob, _ = policy.evaluate_actions(obs[index], actions[index])
-            logits = policy.get_distribution(obs[index]).distribution.logits
+            logits = _log_probabilities(policy, obs[index])
             ratio = torch.exp(log_prob - old[index])
             gain = torch.minimum(
                 ratio * advantages[index],
@@ -255,7 +254,7 @@ def _update(
             w = weight[index]
             loss = (w * (-gain + settings.kl_weight * kl + 0.5 * value_error)).mean()
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 0.5)
             optimizer.step()
             losses = {
@@ -264,6 +263,13 @@ def _update(
                 "value_loss": float(value_error.mean().detach()),
             }
     return losses
+
+
+def _log_probabilities(policy: ResidualSolverPolicy, observations: torch.Tensor) -> torch.Tensor:
+    """Log-probability of every candidate, [R, A]."""
+    categorical = policy.get_distribution(observations).distribution
+    assert isinstance(categorical, torch.distributions.Categorical)
+    return categorical.logits
 
 
 def _rollout(

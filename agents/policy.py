@@ -120,6 +120,19 @@ class ResidualSolverPolicy(ActorCriticPolicy):
         kwargs["ortho_init"] = False
         super().__init__(observation_space, action_space, lr_schedule, **kwargs)
 
+    def clone(self) -> ResidualSolverPolicy:
+        """A copy with weights of its own."""
+        copied = type(self)(
+            self.observation_space,
+            self.action_space,  # type: ignore[arg-type]  # Discrete by construction
+            lambda _: 1e-4,
+            self._demand.tolist(),
+            self._tau,
+            self._width,
+        )
+        copied.load_state_dict(self.state_dict())
+        return copied
+
     def _build_mlp_extractor(self) -> None:
         self.mlp_extractor = _Trunk(  # type: ignore[assignment]  # same interface, other inside
             self.features_dim, len(self._demand), self._width

@@ -5,33 +5,37 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from executor.errors import ConfigError
 
-__all__ = ["plot", "table"]
+__all__ = ["TABLE_WIDTH", "plot", "table"]
+
+TABLE_WIDTH = 132
+COLUMNS = (
+    "cost",
+    "x static (95 %)",
+    "mean ms",
+    "p50",
+    "p95",
+    "p99",
+    "edge J",
+    "total J",
+    "battery h",
+    "lost %",
+    "late %",
+    "switches",
+)
 
 
 def table(title: str, arms: dict[str, Any]) -> Table:
     """The arms side by side, one row each; costs against `static` with 95 % intervals."""
-    out = Table(title=title, title_justify="left")
-    out.add_column("arm")
-    for column in (
-        "cost/request",
-        "x static (95 %)",
-        "mean ms",
-        "p50",
-        "p95",
-        "p99",
-        "edge J",
-        "total J",
-        "battery h",
-        "lost",
-        "late",
-        "switches",
-        "decide us",
-    ):
-        out.add_column(column, justify="right")
+    out = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    out.padding = (0, 1, 0, 0)
+    out.add_column("arm", no_wrap=True)
+    for column in COLUMNS:
+        out.add_column(column, justify="right", no_wrap=True)
     for name, arm in arms.items():
         ratio = arm["versus_static"]["cost_ratio"]
         latency, energy = arm["latency_ms"], arm["energy_j"]["full"]
@@ -48,10 +52,9 @@ def table(title: str, arms: dict[str, Any]) -> Table:
             f"{energy['edge']:.3f}",
             f"{energy['total']:.3f}",
             f"{arm['battery_h']:.1f}",
-            f"{100 * requests['lost'] / submitted:.2f} %",
-            f"{100 * requests['late'] / submitted:.2f} %",
+            f"{100 * requests['lost'] / submitted:.2f}",
+            f"{100 * requests['late'] / submitted:.2f}",
             str(arm["switches"]),
-            f"{arm['overhead']['decide_us']:.0f}",
         )
     return out
 
@@ -82,21 +85,23 @@ def plot(result: dict[str, Any], path: Path) -> None:
         ("energy_total_j", "energy per request, J (full)"),
     )
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
-    width = 0.8 / len(rates)
     for axis, (key, label) in zip(axes, panels, strict=True):
         for k, rate in enumerate(rates):
             values = [result["by_rate"][rate]["arms"][name]["ci95"][key] for name in names]
             mean = [v["mean"] for v in values]
-            spread = [
-                [v["mean"] - v["low"] for v in values],
-                [v["high"] - v["mean"] for v in values],
-            ]
-            at = [x + (k - (len(rates) - 1) / 2) * width for x in range(len(names))]
-            axis.bar(at, mean, width, yerr=spread, capsize=2, label=f"{rate} of capacity")
-        axis.set_yscale("log")
+            # Rounding may put a mean a hair outside the interval of equal values.
+            low = [max(v["mean"] - v["low"], 0.0) for v in values]
+            high = [max(v["high"] - v["mean"], 0.0) for v in values]
+            at = [x + (k - (len(rates) - 1) / 2) * 0.2 for x in range(len(names))]
+            axis.errorbar(
+                at, mean, yerr=[low, high], fmt="o", capsize=3, label=f"{rate} of capacity"
+            )
         axis.set_ylabel(label)
         axis.set_xticks(range(len(names)), names, rotation=40, ha="right")
+        axis.grid(axis="y", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yscale("log")  # queues that overflow are orders of magnitude slower
+    axes[1].set_ylim(bottom=0.0)
     axes[0].legend(frameon=False)
     figure.suptitle(f"{result['model']}, {result['backend']}, {result['seeds']} seeds")
     try:

@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from env.simulator import Simulator
-from env.vector import SimulatorVecEnv
 from numpy.typing import NDArray
 from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import HParam
 
@@ -21,6 +20,8 @@ from agents.controllers import Controller, Solver
 from agents.policy import ResidualSolverPolicy, export_arrays, policy_kwargs
 from agents.runtime import Checkpoint, PolicyController
 from env.predict import CostModel
+from env.simulator import Simulator
+from env.vector import SimulatorVecEnv
 
 __all__ = ["TrainingResult", "TrainingSettings", "mean_cost", "train_policy"]
 
@@ -35,6 +36,7 @@ class TrainingSettings:
     Attributes:
         steps: Environment steps in all.
         n_envs: Simulated environments side by side.
+        copies: Neighbouring environments that share their conditions (`GroupBaselineBuffer`).
         rollout: Steps per environment between two updates.
         batch_size: Minibatch of an update.
         epochs: Passes over a rollout.
@@ -53,11 +55,12 @@ class TrainingSettings:
 
     steps: int = 2_000_000
     n_envs: int = 256
+    copies: int = 8
     rollout: int = 32
     batch_size: int = 2048
     epochs: int = 4
     learning_rate: float = 1e-3
-    gamma: float = 0.95
+    gamma: float = 0.9
     gae_lambda: float = 0.9
     entropy: float = 0.0
     tau: float = 0.05
@@ -102,6 +105,31 @@ def mean_cost(controller: Controller, simulator: Simulator, seed: int, steps: in
         total += cost(last.record, simulator.n_ref)
     total += cost(simulator.drain(), simulator.n_ref)
     return total / steps
+
+
+class GroupBaselineBuffer(RolloutBuffer):
+    """A rollout buffer that takes the luck of the conditions out of the advantages.
+
+    Environments come in groups of `copies` neighbours that share their conditions
+    (`env.conditions.SharedConditions`); the group's mean advantage at a step is what these
+    conditions did to everyone (arXiv 1807.02264). Each group is scaled to the same spread, so that
+    overloaded conditions do not drown the others.
+    """
+
+    def __init__(self, *args: Any, copies: int = 1, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.copies = copies
+
+    def compute_returns_and_advantage(
+        self, last_values: torch.Tensor, dones: NDArray[np.bool_]
+    ) -> None:
+        """Generalised advantages, then the group's mean removed."""
+        super().compute_returns_and_advantage(last_values, dones)
+        if self.copies > 1:
+            grouped = self.advantages.reshape(self.buffer_size, -1, self.copies)
+            grouped = grouped - grouped.mean(axis=2, keepdims=True)
+            grouped /= np.maximum(grouped.std(axis=(0, 2), keepdims=True), 1e-3)
+            self.advantages = grouped.reshape(self.buffer_size, -1)
 
 
 class _Validation(BaseCallback):
@@ -208,6 +236,8 @@ def train_policy(
         gae_lambda=settings.gae_lambda,
         ent_coef=settings.entropy,
         max_grad_norm=0.5,
+        rollout_buffer_class=GroupBaselineBuffer,
+        rollout_buffer_kwargs={"copies": settings.copies},
         policy_kwargs=policy_kwargs(model, settings.tau, settings.width),
         seed=settings.seed,
         tensorboard_log=str(log_dir) if log_dir else None,

@@ -30,7 +30,7 @@ from executor.model import MODELS, model_spec
 TARGET_STEPS_PER_S = 300_000
 
 
-def measure(step: Callable[[], object], batch: int, steps: int, repeats: int) -> tuple[float, float]:
+def measure(step: Callable[[], object], batch: int, steps: int, repeats: int) -> list[float]:
     """Median and best environment-steps per second of CPU time."""
     rates = []
     for _ in range(repeats):
@@ -38,7 +38,7 @@ def measure(step: Callable[[], object], batch: int, steps: int, repeats: int) ->
         for _ in range(steps):
             step()
         rates.append(batch * steps / (time.process_time() - began))
-    return statistics.median(rates), max(rates)
+    return rates
 
 
 def main() -> int:
@@ -88,7 +88,8 @@ def main() -> int:
         ("core + observation", observed),
         ("conditions alone", conditions.next),
     ):
-        median, best = measure(step, args.batch, args.steps, args.repeats)
+        rates = measure(step, args.batch, args.steps, args.repeats)
+        median, best = statistics.median(rates), max(rates)
         print(
             f"  {name:20s} median {median:10,.0f} best {best:10,.0f} env-steps/s "
             f"({median / TARGET_STEPS_PER_S:.2f} / {best / TARGET_STEPS_PER_S:.2f} x the target of "

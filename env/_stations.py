@@ -10,17 +10,16 @@ per environment, wider than any reach, keeps the running maximum from crossing o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Departures", "Rates", "RequestStore", "Station"]
+__all__ = ["Departures", "Rates", "RequestStore", "Station", "sums"]
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 
-# An outage serves at this rate (bytes/s), not at 0: no division by zero, and no frame notices.
-RATE_FLOOR = 1e-3
 NO_SLOTS = np.zeros(0, dtype=np.int64)
 NO_TIMES = np.zeros(0)
 
@@ -97,52 +96,63 @@ class Rates:
         # Work done by the end of each sub-step but the last, [K - 1, B].
         self.bounds = np.cumsum(self.rate[:, :-1] * substep_s, axis=1).T
         self.total: F64 = self.rate[:, -1] * substep_s
+        self._reach: F64 = self.bounds
         if self.n_substeps > 1:
             self.total += self.bounds[-1]
-            zero = np.zeros((len(rate), 1))
-            self._reach = np.concatenate([zero, self.bounds.T], axis=1)
+            self._reach = np.concatenate([np.zeros((len(rate), 1)), self.bounds.T], axis=1)
 
     def reach(self, env: I64, time_s: F64) -> F64:
         """Work that `env` can do from the interval's start to `time_s` >= 0.
 
         Past the interval's end the last rate is held.
         """
+        reach: F64
         if self.n_substeps == 1:
-            reach: F64 = self.rate.take(env)
+            reach = self.rate.take(env)
             reach *= time_s
             return reach
         k = np.minimum((time_s / self.substep_s).astype(np.int64), self.n_substeps - 1)
         cell = env * self.n_substeps + k
-        return self._reach.take(cell) + self.rate.take(cell) * (time_s - k * self.substep_s)
+        reach = self.rate.take(cell) * (time_s - k * self.substep_s)
+        reach += self._reach.take(cell)
+        return reach
 
     def time(self, env: I64, reach: F64) -> F64:
         """The inverse of `reach`."""
+        time_s: F64
         if self.n_substeps == 1:
-            time_s: F64 = reach / self.rate.take(env)
+            time_s = reach / self.rate.take(env)
             return time_s
         k = np.zeros(len(reach), dtype=np.int64)
         for bound in self.bounds:
             k += reach > bound.take(env)
         cell = env * self.n_substeps + k
-        return k * self.substep_s + (reach - self._reach.take(cell)) / self.rate.take(cell)
+        time_s = (reach - self._reach.take(cell)) / self.rate.take(cell)
+        time_s += k * self.substep_s
+        return time_s
 
     def value_at(self, env: I64, time_s: F64) -> F64:
         """Rate of `env` at `time_s` after the interval's start."""
-        if self.n_substeps == 1:
-            value: F64 = self.rate.take(env)
-            return value
-        k = np.minimum((time_s / self.substep_s).astype(np.int64), self.n_substeps - 1)
-        return self.rate.take(env * self.n_substeps + k)
+        cell = env
+        if self.n_substeps > 1:
+            k = np.minimum((time_s / self.substep_s).astype(np.int64), self.n_substeps - 1)
+            cell = env * self.n_substeps + k
+        value: F64 = self.rate.take(cell)
+        return value
 
 
 @dataclass
 class Departures:
-    """What one station did in one interval.
+    """What one station did in one interval; times count from the interval's start.
 
-    `slot`, `env`, `depart_s`, `work`, `wall_s` have one element per departure, by environment and
-    then time; `spent` (work done), `busy_s` (wall seconds serving), `departed_work`,
-    `departed_wall_s` and `backlog` (work of those that have arrived and not departed) have shape
-    [B]. Times count from the interval's start.
+    Attributes:
+        slot, env, depart_s, work: One element per departure, by environment and then time.
+        wall_s: Its seconds in service; empty where the station is not `timed`.
+        departed_work: [B] sum of `work`.
+        departed_wall_s: [B] sum of `wall_s`; empty likewise.
+        spent: [B] work done in the interval.
+        busy_s: [B] seconds serving in the interval.
+        backlog: [B] work left of those that have arrived and not departed.
     """
 
     slot: I64
@@ -165,34 +175,37 @@ class Station:
         batch: Number of environments B.
         work_bound: More than the work of all requests that can be here in one environment.
         lag_bound_s: Arrivals lie at most this long after the interval's end.
+        timed: Whether each departure's seconds in service are wanted.
     """
 
-    def __init__(self, index: int, batch: int, work_bound: float, lag_bound_s: float) -> None:
-        self.index, self.batch = index, batch
+    def __init__(
+        self, index: int, batch: int, work_bound: float, lag_bound_s: float, timed: bool
+    ) -> None:
+        self.index, self.batch, self._timed = index, batch, timed
         self._work_bound, self._lag_bound_s = work_bound, lag_bound_s + 1e-3
         self.clear()
 
     def clear(self) -> None:
         """Forget every request."""
         self.slot, self._ready_s, self._oldest_s = NO_SLOTS, NO_TIMES, 0.0
-        # Of the request in service: the work already done, and its start (<= 0, from now).
+        # Of the request in service: the work already done, and (if timed) its start, <= 0 from now.
         self._served, self._start_s = np.zeros(self.batch), np.zeros(self.batch)
 
     def serve(
-        self, store: RequestStore, slots: list[I64], ready_s: list[F64], rates: Rates, dt_s: float
+        self, store: RequestStore, coming: list[tuple[I64, F64]], rates: Rates, dt_s: float
     ) -> Departures:
         """Serve one interval.
 
         Args:
             store: The live requests.
-            slots: Requests that come to this station, in chunks; all that arrive before the
-                interval's end must be among them (later ones may be).
-            ready_s: Their arrival here, after the interval's start.
+            coming: Requests that come here, in chunks of slots and arrivals here after the
+                interval's start; all that arrive before its end must be among them (later ones
+                may be).
             rates: This station's rate.
             dt_s: The interval.
         """
-        slot = np.concatenate([self.slot, *slots])
-        ready = np.concatenate([self._ready_s, *ready_s])
+        slot = np.concatenate([self.slot, *(c[0] for c in coming)])
+        ready = np.concatenate([self._ready_s, *(c[1] for c in coming)])
         if len(slot) == 0:
             zeros = np.zeros(self.batch)
             return Departures(slot, slot, ready, ready, ready, zeros, zeros, zeros, zeros, zeros)
@@ -204,62 +217,67 @@ class Station:
         slot, ready, env = slot.take(order), ready.take(order), env.take(order)
         work = store.work[self.index].take(slot)
         head = _firsts(env)
-        head_env, head_ready = env.take(head), ready.take(head)
+        finish = self._finish(env, ready, work, head, rates, dt_s)
+        depart = rates.time(env, finish)
+        ends_now = depart <= dt_s
+        kept, gone = np.flatnonzero(~ends_now), np.flatnonzero(ends_now)
 
+        timed = self._timed or rates.n_substeps > 1
+        start = self._starts(env, ready, depart, head) if timed else NO_TIMES
+        served, began = np.zeros(self.batch), np.zeros(self.batch)
+        kept_env, kept_ready, kept_work = env.take(kept), ready.take(kept), work.take(kept)
+        self.slot, self._ready_s = slot.take(kept), kept_ready - dt_s
+        self._oldest_s = 0.0
+        kept_work *= kept_ready <= dt_s
+        backlog = np.zeros(self.batch)
+        if len(kept):
+            self._oldest_s = min(0.0, float(self._ready_s.min()))
+            backlog += sums(kept_env, kept_work, self.batch)
+            first = kept.take(_firsts(kept_env))
+            first_env = env.take(first)
+            done = rates.total.take(first_env) - finish.take(first) + work.take(first)
+            served[first_env] = np.maximum(done, 0.0)
+            if timed:
+                began[first_env] = np.minimum(start.take(first), dt_s) - dt_s
+            backlog -= served
+
+        env, work, depart = env.take(gone), work.take(gone), depart.take(gone)
+        departed_work = sums(env, work, self.batch)
+        spent = departed_work - self._served + served
+        if timed:
+            wall = depart - start.take(gone)
+            departed_wall = sums(env, wall, self.batch)
+            busy = departed_wall + self._start_s - began
+        else:
+            wall, departed_wall, busy = NO_TIMES, NO_TIMES, spent / rates.rate[:, 0]
+        self._served, self._start_s = served, began
+        return Departures(
+            slot.take(gone), env, depart, work, wall, departed_work, departed_wall, spent, busy,
+            backlog,
+        )  # fmt: skip
+
+    def _finish(self, env: I64, ready: F64, work: F64, head: I64, rates: Rates, dt_s: float) -> F64:
+        """Lindley: the reach at which each request, in order, is finished."""
         reach = rates.reach(env, np.maximum(ready, 0.0))
-        reach[head] -= self._served.take(head_env)
-        fastest = float(rates.rate.max())
-        lane = env * (self._work_bound + fastest * (dt_s + self._lag_bound_s))
+        reach[head] -= self._served.take(env.take(head))
+        width = self._work_bound + float(rates.rate.max()) * (dt_s + self._lag_bound_s)
+        lane = env * width
         lane -= np.cumsum(work)
         reach += lane
         reach += work
         finish = np.maximum.accumulate(reach)
         finish -= lane
+        return finish
 
-        depart = rates.time(env, finish)
+    def _starts(self, env: I64, ready: F64, depart: F64, head: I64) -> F64:
+        """When each request's service begins; right up to the first that stays, per environment."""
         start = np.empty_like(depart)
         start[0] = 0.0
         start[1:] = depart[:-1]
         np.maximum(start, ready, out=start)
-        start[head] = np.where(head_ready > 0.0, head_ready, self._start_s.take(head_env))
-        gone = depart <= dt_s
-        kept = np.flatnonzero(~gone)
-        out = np.flatnonzero(gone)
-        out_env, out_work = env.take(out), work.take(out)
-        out_depart = depart.take(out)
-        out_wall = out_depart - start.take(out)
-
-        served, began = np.zeros(self.batch), np.zeros(self.batch)
-        kept_env, kept_ready = env.take(kept), ready.take(kept)
-        backlog = np.bincount(
-            kept_env, work.take(kept) * (kept_ready <= dt_s), minlength=self.batch
-        ).astype(np.float64, copy=False)
-        if len(kept):
-            first = kept.take(_firsts(kept_env))
-            first_env = env.take(first)
-            done = rates.total.take(first_env) - finish.take(first) + work.take(first)
-            served[first_env] = np.maximum(done, 0.0)
-            began[first_env] = np.minimum(start.take(first), dt_s) - dt_s
-            backlog -= served
-        self.slot = slot.take(kept)
-        self._ready_s = kept_ready - dt_s
-        self._oldest_s = min(0.0, float(self._ready_s.min())) if len(kept) else 0.0
-        departed_work = np.bincount(out_env, out_work, minlength=self.batch)
-        departed_wall = np.bincount(out_env, out_wall, minlength=self.batch)
-        result = Departures(
-            slot=slot.take(out),
-            env=out_env,
-            depart_s=out_depart,
-            work=out_work,
-            wall_s=out_wall,
-            departed_work=departed_work,
-            departed_wall_s=departed_wall,
-            spent=departed_work - self._served + served,
-            busy_s=departed_wall + self._start_s - began,
-            backlog=backlog,
-        )
-        self._served, self._start_s = served, began
-        return result
+        head_ready = ready.take(head)
+        start[head] = np.where(head_ready > 0.0, head_ready, self._start_s.take(env.take(head)))
+        return start
 
 
 def _firsts(env: I64) -> I64:
@@ -268,3 +286,9 @@ def _firsts(env: I64) -> I64:
     first[0] = True
     np.not_equal(env[1:], env[:-1], out=first[1:])
     return np.flatnonzero(first)
+
+
+def sums(env: I64, values: F64, batch: int) -> F64:
+    """Sum of `values` per environment, [B]."""
+    total: NDArray[Any] = np.bincount(env, values, minlength=batch)
+    return total

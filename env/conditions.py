@@ -15,7 +15,13 @@ from numpy.typing import NDArray
 from env.scenario import Process, Scenario
 from executor.errors import ConfigError
 
-__all__ = ["Conditions", "IntervalConditions", "load_trace", "process_mean"]
+__all__ = [
+    "Conditions",
+    "IntervalConditions",
+    "SharedConditions",
+    "load_trace",
+    "process_mean",
+]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -193,6 +199,43 @@ class Conditions:
         count = cell_counts.reshape(self.batch, self.substeps).sum(axis=1)
         env = np.repeat(np.arange(self.batch), count)
         return env, np.clip(offset, 0.0, self.scenario.interval_s, out=offset), count
+
+
+class SharedConditions(Conditions):
+    """The same conditions for each group of `copies` neighbouring environments.
+
+    What the copies of a group earn differs by their actions alone, so their mean is a baseline
+    that takes the conditions' luck out of an advantage (input-driven baselines, arXiv 1807.02264).
+
+    Args:
+        scenario: Processes and interval.
+        rate_rps: Shape [B]; a group takes its first environment's rate.
+        seed: Everything drawn depends on this alone.
+        copies: Environments per group; divides B.
+    """
+
+    def __init__(self, scenario: Scenario, rate_rps: F64, seed: int, copies: int) -> None:
+        if len(rate_rps) % copies:
+            raise ConfigError(f"{len(rate_rps)} environments do not divide into groups of {copies}")
+        self.copies = copies
+        super().__init__(scenario, np.asarray(rate_rps)[::copies], seed)
+
+    def next(self) -> IntervalConditions:
+        """The next interval's conditions, repeated within groups."""
+        drawn, copies = super().next(), self.copies
+        if copies == 1:
+            return drawn
+        count = np.repeat(drawn.arrival_count, copies)
+        first = np.repeat(np.cumsum(drawn.arrival_count) - drawn.arrival_count, copies)
+        env = np.repeat(np.arange(len(count)), count)
+        rank = np.arange(len(env)) - np.repeat(np.cumsum(count) - count, count)
+        return IntervalConditions(
+            hop_bytes_per_s=np.repeat(drawn.hop_bytes_per_s, copies, axis=0),
+            node_speed=np.repeat(drawn.node_speed, copies, axis=0),
+            arrival_env=env,
+            arrival_offset_s=drawn.arrival_offset_s[first[env] + rank],
+            arrival_count=count,
+        )
 
 
 def process_mean(process: Process) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gymnasium
 import numpy as np
@@ -115,7 +115,8 @@ class OffloadingEnv(gymnasium.Env[F32, np.int64]):
         self.model = system.model
         self.encoder = Encoder(self.model)
         self.cost = Cost(self.model.profile, self.model.references, self.model.scenario)
-        self.observation_space = observation_space(self.encoder)
+        # Gymnasium types a Box by the union of all its element types.
+        self.observation_space = cast("spaces.Space[F32]", observation_space(self.encoder))
         self.action_space = spaces.Discrete(len(self.model.plans))
         self._episode_steps = self.model.scenario.steps_per_episode
         self._state: SystemState | None = None
@@ -139,7 +140,7 @@ class OffloadingEnv(gymnasium.Env[F32, np.int64]):
         if self._state is None:
             raise ConfigError("step needs an episode: call reset first")
         if not self.action_space.contains(action):
-            raise ConfigError(f"action must lie in 0..{self.action_space.n - 1}, got {action!r}")
+            raise ConfigError(f"action must lie in 0..{len(self.model.plans) - 1}, got {action!r}")
         cuts = self.model.table.cuts[[int(action)]]
         result = self.system.step(cuts, idle_probes(self._state, self.model.scenario))
         self._state = result.state

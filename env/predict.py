@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from env.conditions import BYTES_PER_S_PER_MBPS, process_mean
 from env.cost import References
 from env.scenario import Scenario
+from executor.errors import ConfigError
 from executor.plan import Plan, candidate_plans, plan_mask
 from executor.profile import Profile
 
@@ -79,8 +81,13 @@ class CostModel:
         profile: Profile,
         scenario: Scenario,
         references: References | None = None,
-        horizon_intervals: float = 2.0,
+        horizon_intervals: float = 1.5,
     ) -> None:
+        if profile.n_nodes != scenario.n_nodes:
+            raise ConfigError(
+                f"the profile has {profile.n_nodes} nodes and the scenario {scenario.n_nodes}; "
+                "expected the same"
+            )
         self.profile = profile
         self.scenario = scenario
         self.references = references or References.of(profile, scenario)
@@ -140,7 +147,7 @@ class CostModel:
 
         Stations hold a backlog W0 (s); under arrivals at rate x service = rho the backlog moves as
         max(0, W0 + (rho - 1) t), and its mean over the horizon is the wait there. The slowest
-        station adds the M/D/1 wait rho S / (2 (1 - rho)). What would overflow the in-flight bound
+        station adds the M/D/1 wait rho S / (2 (1 - rho)), bounded by what can build up. What would overflow the in-flight bound
         counts as lost.
         """
         columns = (state.node_load, state.bytes_per_s, state.node_backlog_s,
@@ -178,7 +185,11 @@ class CostModel:
 
         service_s = self._demand * unit_s  # [S, b, A]
         service_s += self._fixed
-        through = 1.0 / np.maximum.accumulate(service_s, axis=0)
+        # What a station and those before it let through (numpy's accumulate is not vectorised).
+        through = service_s.copy()
+        for before, after in pairwise(through):
+            np.maximum(before, after, out=after)
+        np.reciprocal(through, out=through)
         most_rps = through[-1]
         # A station behind a saturated one sees no more than that one lets through.
         drift = service_s.copy()
@@ -194,7 +205,10 @@ class CostModel:
 
         busy = np.minimum(arrival / most_rps, MAX_UTILISATION)
         latency_s = wait_s.sum(axis=0)
-        latency_s += busy / (most_rps * (2.0 - 2.0 * busy))
+        # A queue that starts empty cannot reach the stationary wait at once: reflected Brownian
+        # motion's mean over the horizon bounds it, 2/3 sqrt(2 / pi) sqrt(rate x horizon) services.
+        stationary_s = busy / (most_rps * (2.0 - 2.0 * busy))
+        latency_s += np.minimum(stationary_s, 0.53 * np.sqrt(arrival * horizon) / most_rps)
         back_s = (rtt_s + self._reply_bytes / rate).astype(np.float32)
         cost = np.zeros_like(latency_s)
         for h, crossed in enumerate(self._crossed):

@@ -42,6 +42,7 @@ class SimulatorVecEnv(VecEnv):
         rate_fraction: Mean arrival rate as a fraction of the best static plan's capacity: a
             number, a range drawn from uniformly per environment and episode, a callable that draws
             [B] values, or None for the scenario's rate.
+        copies: So many neighbouring environments share their conditions and rate.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class SimulatorVecEnv(VecEnv):
         *,
         seed: int = 0,
         rate_fraction: RateFraction | None = None,
+        copies: int = 1,
     ) -> None:
         self.model = model
         self.encoder = Encoder(model)
@@ -58,7 +60,7 @@ class SimulatorVecEnv(VecEnv):
         self._fraction = rate_fraction
         self._rng = np.random.default_rng(seed)
         rate = self._draw_rates(n_envs)
-        self.simulator = Simulator(model, n_envs, self._next_seed(), rate_rps=rate)
+        self.simulator = Simulator(model, n_envs, self._next_seed(), rate_rps=rate, copies=copies)
         self._episode_steps = model.scenario.steps_per_episode
         self._empty_infos: list[dict[str, Any]] = [{} for _ in range(n_envs)]
         self._not_done, self._done = np.zeros(n_envs, bool), np.ones(n_envs, bool)

@@ -7,11 +7,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from env._accounting import MEASURED_BYTES
+from env._chain import REPLY_RATE_FLOOR
 from env.conditions import Conditions
 from env.cost import Cost, IntervalRecord
 from env.predict import CostModel
 from env.scenario import HopSetup, NodeSetup, Process, Scenario
-from env.simulator import DRAIN_DEADLINES, MEASURED_BYTES, REPLY_RATE_FLOOR, Simulator
+from env.simulator import DRAIN_DEADLINES, Simulator
 from executor.errors import ConfigError
 from executor.plan import ModelSpec
 from executor.profile import HopModel, NodePower, NodeProfile, Profile
@@ -336,7 +338,9 @@ def test_probes_queue_with_the_frames(seed):
 
 @pytest.mark.parametrize("n_nodes", [2, 3, 4])
 def test_littles_law_over_an_episode_and_its_drain(n_nodes):
-    scenario = toy_scenario(n_nodes, outage_mbps=2.0, rate_rps=3.0, max_in_flight=1000, deadline_s=100.0)
+    scenario = toy_scenario(
+        n_nodes, outage_mbps=2.0, rate_rps=3.0, max_in_flight=1000, deadline_s=100.0
+    )
     sim = Simulator(CostModel(toy_profile(n_nodes), scenario), 6, 3)
     rng = np.random.default_rng(0)
     total = IntervalRecord.zeros(6, n_nodes)

@@ -1,0 +1,164 @@
+"""The simulator's bookkeeping: what an interval's requests cost, and one row per request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+from env._stations import NO_SLOTS, NO_TIMES, Departures, RequestStore, sums
+from env.cost import IntervalRecord
+from env.system import Completed
+
+__all__ = ["Arrivals", "Measured", "account", "join", "measure", "refused_rows", "rows"]
+
+F64 = NDArray[np.float64]
+I64 = NDArray[np.int64]
+
+MEASURED_BYTES = 16384  # frames below are dominated by overhead; the passive estimate skips them
+
+
+@dataclass(frozen=True)
+class Arrivals:
+    """An interval's accepted requests, by environment and then time.
+
+    Attributes:
+        slot, env, offset_s: One element each; offsets count from the interval's start.
+        count: [B].
+    """
+
+    slot: I64
+    env: I64
+    offset_s: F64
+    count: I64
+
+    @classmethod
+    def none(cls, batch: int) -> Arrivals:
+        """No arrivals."""
+        return cls(NO_SLOTS, NO_SLOTS, NO_TIMES, np.zeros(batch, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a hop's frames measured in an interval, [B] each; the age is infinite where nothing."""
+
+    size_bytes: F64
+    service_s: F64
+    age_s: F64
+
+
+def measure(store: RequestStore, left: Departures, dt_s: float, batch: int) -> Measured:
+    """Bytes and service seconds of probes and of frames large enough to measure."""
+    large = left.work >= MEASURED_BYTES
+    env, depart = left.env, left.depart_s
+    size, wall = left.departed_work, left.departed_wall_s
+    if not large.all():
+        large |= store.is_probe.take(left.slot)
+        env, depart = env[large], depart[large]
+        size = sums(env, left.work[large], batch)
+        wall = sums(env, left.wall_s[large], batch)
+    age = np.full(batch, np.inf)
+    age[env] = dt_s - depart  # of repeated indices the last, newest, stays
+    return Measured(size, wall, age)
+
+
+def account(
+    record: IntervalRecord,
+    store: RequestStore,
+    in_flight: I64,
+    new: Arrivals,
+    done: tuple[I64, F64],
+    start_s: float,
+    dt_s: float,
+    deadline_s: float,
+) -> None:
+    """Fill in what latency is made of: outstanding, union, completed, late, latency sum.
+
+    Args:
+        record: Written to.
+        store: The live requests.
+        in_flight: [B] outstanding when the interval began.
+        new: Those accepted in it.
+        done: Slots and completions of those that ended in it.
+        start_s: Absolute time when the interval began.
+        dt_s: Its length.
+        deadline_s: A longer latency is late.
+    """
+    batch = len(in_flight)
+    slot, completion = done
+    env, arrival = store.env.take(slot), store.arrival_s.take(slot)
+    latency = completion + (start_s - arrival)
+    record.completed = np.bincount(env, minlength=batch)
+    record.latency_sum_s = sums(env, latency, batch)
+    late = latency > deadline_s
+    if late.any():
+        record.late = np.bincount(env[late], minlength=batch)
+    record.outstanding_s = in_flight * dt_s - sums(env, dt_s - completion, batch)
+    if len(new.slot):
+        record.outstanding_s += sums(new.env, dt_s - new.offset_s, batch)
+    # Until when the requests of earlier intervals keep the chain in use.
+    covered = np.zeros(batch)
+    carried = np.flatnonzero(arrival < start_s)
+    carried_env = env.take(carried)
+    np.maximum.at(covered, carried_env, completion.take(carried))
+    covered[in_flight > np.bincount(carried_env, minlength=batch)] = dt_s
+    store.completion_s[slot] = completion
+    record.union_s = _union(covered, new, store.completion_s.take(new.slot), dt_s)
+
+
+def _union(covered: F64, new: Arrivals, end: F64, dt_s: float) -> F64:
+    """Seconds with a request outstanding: up to the last completion, less the gaps.
+
+    A gap precedes an arrival that comes after every earlier request of its environment ended.
+    """
+    if len(end) == 0:
+        return covered
+    lane = new.env * (2.0 * dt_s)
+    running = np.maximum.accumulate(end + lane)
+    previous = np.empty_like(running)
+    previous[0] = 0.0
+    previous[1:] = running[:-1]
+    previous -= lane
+    np.maximum(previous, covered.take(new.env), out=previous)
+    gap = np.maximum(new.offset_s - previous, 0.0)
+    last = covered.copy()
+    np.maximum.at(last, new.env, end)
+    union: F64 = last - sums(new.env, gap, len(covered))
+    return union
+
+
+def rows(store: RequestStore, slot: I64, completion_s: F64 | None) -> Completed:
+    """One row per request of `slot`; without completions they are lost."""
+    return Completed(
+        env=store.env[slot],
+        arrival_s=store.arrival_s[slot],
+        completion_s=np.full(len(slot), np.nan) if completion_s is None else completion_s,
+        cuts=store.cuts[slot],
+        stage_s=store.wall_s[0::2, slot].T,
+        work_s=np.maximum(store.work[0::2, slot].T, 0.0),
+        transmit_s=store.wall_s[1::2, slot].T,
+        lost=np.full(len(slot), completion_s is None),
+    )
+
+
+def refused_rows(env: I64, arrival_s: F64, cuts: I64) -> Completed:
+    """One row per refused arrival; `cuts` [B, H] are the environments' plans."""
+    count, n_hops = len(env), cuts.shape[1]
+    return Completed(
+        env=env,
+        arrival_s=arrival_s,
+        completion_s=np.full(count, np.nan),
+        cuts=cuts[env],
+        stage_s=np.zeros((count, n_hops + 1)),
+        work_s=np.zeros((count, n_hops + 1)),
+        transmit_s=np.zeros((count, n_hops)),
+        lost=np.ones(count, dtype=bool),
+    )
+
+
+def join(first: Completed, second: Completed) -> Completed:
+    """The rows of both."""
+    return Completed(
+        *(np.concatenate([getattr(x, f.name) for x in (first, second)]) for f in fields(first))
+    )
