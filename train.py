@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", type=model_argument, default="alexnet")
     parser.add_argument("--scenario", type=Path, help="scenario file (default: the shipped one)")
     parser.add_argument("--cluster", type=Path, help="train on these nodes, not on the testbed")
-    parser.add_argument("--steps", type=positive_int, help="simulator steps (default: 3,000,000)")
+    parser.add_argument("--steps", type=positive_int, help="simulator steps (default: 1,500,000)")
     parser.add_argument("--online-steps", type=int, default=40, help="intervals on the nodes")
     parser.add_argument(
         "--live-intervals", type=positive_int, default=15, help="per arm of the closing table"

@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         "reference's start-up takes where it takes part)",
     )
     add("--checkpoint", type=Path, help="directory (default: checkpoints/MODEL)")
-    add("--profile", type=Path, help="profile JSON (default: the checkpoint's)")
+    add("--profile", type=Path, help="profile JSON (default: the checkpoint's; testbed: measured)")
     add("--json", type=Path, help="write the results here")
     add("--plot", type=Path, help="write a figure here (PNG, SVG, PDF)")
     return parser
@@ -299,24 +299,24 @@ def _arms(text: str | None, directory: Path, console: Console) -> list[str]:
 
 
 def _profile(args: argparse.Namespace, directory: Path, scenario: Scenario) -> Profile:
-    """The profile named, else the checkpoint's, else (testbed) a fresh one."""
-    path = args.profile or directory / "profile.json"
-    if args.profile is not None or path.exists():
-        profile = Profile.load(path)
-        if profile.spec.name != args.model:
-            raise ConfigError(f"profile {path} is of {profile.spec.name}, not {args.model}")
-        if profile.n_nodes != scenario.n_nodes:
-            raise ConfigError(
-                f"profile {path} has {profile.n_nodes} nodes, the scenario {scenario.n_nodes}"
-            )
-        return profile
-    if args.backend == "testbed":
+    """The profile named; else, for the testbed, a fresh one, and for the simulator the stored."""
+    if args.profile is None and args.backend == "testbed":
         with make_testbed_system(args, scenario, None) as system:
             return system.model.profile
-    raise ConfigError(
-        f"the simulator needs a profile and {path} does not exist: give --profile FILE, or make a "
-        f"checkpoint with `python train.py --model {args.model}`"
-    )
+    path = args.profile or directory / "profile.json"
+    if args.profile is None and not path.exists():
+        raise ConfigError(
+            f"the simulator needs a profile and {path} does not exist: give --profile FILE, or "
+            f"make a checkpoint with `python train.py --model {args.model}`"
+        )
+    profile = Profile.load(path)
+    if profile.spec.name != args.model:
+        raise ConfigError(f"profile {path} is of {profile.spec.name}, not {args.model}")
+    if profile.n_nodes != scenario.n_nodes:
+        raise ConfigError(
+            f"profile {path} has {profile.n_nodes} nodes, the scenario {scenario.n_nodes}"
+        )
+    return profile
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def spread(plans: Sequence[Plan], count: int) -> list[Plan]:
     return [plans[i] for i in index]
 
 
-def measure_profile(client: Client, repeats: int = 10) -> Profile:
+def measure_profile(client: Client, repeats: int = 5) -> Profile:
     """The nodes' startup profile: units, hops, power."""
     return client.profile(repeats)
 
@@ -73,14 +73,14 @@ def calibrate(
     client: Client,
     profile: Profile,
     plans: Sequence[Plan],
-    repeats: int = 4,
+    repeats: int = 3,
     report: Report = lambda what, done, total: None,
 ) -> Profile:
     """Fit what the profile cannot see, from a few requests run one at a time on idle nodes.
 
-    Fits, per node, a scale of its unit times (a stage costs a little other than the sum of its
-    units) and an overhead per stage, and per hop an overhead per frame: least squares of the
-    measured latencies' remainder over which stages and hops each plan used, not below 0.
+    Fits, per node, a scale of its unit times (caches are colder than in the profile's repeated
+    passes); and from what is left of the latencies an overhead per stage and one per frame: least
+    squares over which stages and hops each plan used, not below 0.
     """
     source = random_inputs()
     records: list[RequestRecord] = []
@@ -96,16 +96,16 @@ def calibrate(
 def fit_calibration(profile: Profile, records: Sequence[RequestRecord]) -> Profile:
     """The fit behind `calibrate`, from records of idle, unloaded nodes."""
     cuts = np.array([r.plan for r in records], dtype=np.int64)
-    profile = rescale_nodes(profile, cuts, np.array([r.work_s for r in records]))
+    # On idle nodes the wall time of a stage is its work, and what it will take again.
+    stages_s = np.array([r.stage_s for r in records])
+    profile = rescale_nodes(profile, cuts, stages_s)
     table = PlanTable(profile, [Plan(r.plan) for r in records])
     n_nodes = profile.n_nodes
-    overhead = np.array([n.stage_overhead_s for n in profile.nodes])
     used = (table.work_s > 0).astype(np.float64)
-    base = table.work_s - used * overhead
-    measured_hops = np.array([r.transmit_s for r in records])
+    transmit_s = np.array([r.transmit_s for r in records])
     rtt = np.array([h.rtt_s for h in profile.hops])
     reply = profile.spec.cut_bytes[-1] / np.array([h.bytes_per_s for h in profile.hops])
-    known = base.sum(axis=1) + measured_hops.sum(axis=1) + table.crossed @ (rtt + reply)
+    known = stages_s.sum(axis=1) + transmit_s.sum(axis=1) + table.crossed @ (rtt + reply)
     rest = np.array([r.latency_s for r in records]) - known
     design = np.concatenate([used, table.crossed], axis=1)
     fitted = np.maximum(np.linalg.lstsq(design, rest, rcond=None)[0], 0.0)

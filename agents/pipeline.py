@@ -17,7 +17,7 @@ from agents.controllers import ArmContext, make_arm
 from agents.finetuning import FinetuneSettings, finetune
 from agents.nodes import open_cluster, open_testbed
 from agents.policy import ResidualSolverPolicy
-from agents.report import table
+from agents.report import TABLE_WIDTH, table
 from agents.runtime import Checkpoint
 from agents.training import TrainingSettings, to_checkpoint, train_policy
 from env.live import LiveSystem
@@ -62,6 +62,7 @@ class Pipeline:
     def run(self) -> Checkpoint:
         """Do all of it; the checkpoint is written after training and again after fine-tuning."""
         say = self.console.print
+        self.console.width = max(self.console.width, TABLE_WIDTH)
         with self._open() as system:
             profile = system.model.profile
             edge = system.model.references

@@ -12,17 +12,15 @@ from executor.errors import ConfigError
 
 __all__ = ["TABLE_WIDTH", "plot", "table"]
 
-TABLE_WIDTH = 132
+TABLE_WIDTH = 110
 COLUMNS = (
     "cost",
     "x static (95 %)",
     "mean ms",
-    "p50",
     "p95",
     "p99",
     "edge J",
     "total J",
-    "battery h",
     "lost %",
     "late %",
     "switches",
@@ -46,12 +44,10 @@ def table(title: str, arms: dict[str, Any]) -> Table:
             f"{arm['cost']:.3f}",
             f"{ratio['mean']:.3f} ({ratio['low']:.3f}..{ratio['high']:.3f})",
             f"{latency['mean']:.0f}",
-            f"{latency['p50']:.0f}",
             f"{latency['p95']:.0f}",
             f"{latency['p99']:.0f}",
             f"{energy['edge']:.3f}",
             f"{energy['total']:.3f}",
-            f"{arm['battery_h']:.1f}",
             f"{100 * requests['lost'] / submitted:.2f}",
             f"{100 * requests['late'] / submitted:.2f}",
             str(arm["switches"]),

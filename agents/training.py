@@ -51,9 +51,10 @@ class TrainingSettings:
         validate_every: Steps between two validations against the solver.
         validation_envs: Environments of a validation.
         time_limit_s: Stop training after this many seconds (0: no limit).
+        threads: Torch threads of the updates (1.2 x faster with 2 than with 1 on 2 cores).
     """
 
-    steps: int = 2_000_000
+    steps: int = 1_500_000
     n_envs: int = 256
     copies: int = 8
     rollout: int = 32
@@ -70,6 +71,7 @@ class TrainingSettings:
     validate_every: int = 200_000
     validation_envs: int = 192
     time_limit_s: float = 0.0
+    threads: int = 2
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,7 @@ def train_policy(
         log_dir: Where TensorBoard's files go; None writes none.
         report: Called after every rollout with (steps, best cost ratio to the solver so far).
     """
-    torch.set_num_threads(1)
+    torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     env = SimulatorVecEnv(model, settings.n_envs, seed=settings.seed, rate_fraction=settings.rates)
 
@@ -248,6 +250,7 @@ def train_policy(
     ppo.learn(settings.steps, callback=validation, tb_log_name="simulator")
     validation.validate()
     elapsed = time.monotonic() - started
+    torch.set_num_threads(1)
     ppo.policy.load_state_dict(validation.best_weights)
     policy = ppo.policy
     assert isinstance(policy, ResidualSolverPolicy)

@@ -147,8 +147,8 @@ class CostModel:
 
         Stations hold a backlog W0 (s); under arrivals at rate x service = rho the backlog moves as
         max(0, W0 + (rho - 1) t), and its mean over the horizon is the wait there. The slowest
-        station adds the M/D/1 wait rho S / (2 (1 - rho)), bounded by what can build up. What would overflow the in-flight bound
-        counts as lost.
+        station adds the M/D/1 wait rho S / (2 (1 - rho)), bounded by what can build up. What would
+        overflow the in-flight bound counts as lost.
         """
         columns = (state.node_load, state.bytes_per_s, state.node_backlog_s,
                    state.hop_backlog_bytes, state.rtt_s, state.arrival_rps[:, None],
