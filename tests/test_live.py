@@ -1,0 +1,163 @@
+"""The live system's accounting and state, with a stand-in for the client (no sockets).
+
+The real client and nodes are exercised in test_commands.py.
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import pytest
+
+from env.live import LiveSystem
+from env.predict import CostModel
+from env.scenario import Scenario
+from env.simulator import Simulator
+from env.state import Encoder, SystemState
+from env.synthetic import synthetic_profile
+from env.system import System
+from executor.client import NodeStatus, Reply, RequestRecord
+from executor.errors import RequestRefused, RequestTimeout
+from executor.model import model_spec
+from executor.plan import Plan
+
+
+class StandInClient:
+    """Answers every request at once, as if it had taken 0.1 s on the last node."""
+
+    def __init__(self) -> None:
+        self.fail: Exception | None = None
+        self.refuse = False
+        self.plans: list[Plan] = []
+        self.statuses: dict[int, NodeStatus] = {}
+        self.in_flight = 0
+
+    def submit(self, x: Any, plan: Plan, scheduled_s: float | None = None) -> Future[Any]:
+        if self.refuse:
+            raise RequestRefused("full")
+        self.plans.append(plan)
+        future: Future[Any] = Future()
+        if self.fail is not None:
+            future.set_exception(self.fail)
+            return future
+        assert scheduled_s is not None
+        record = RequestRecord(
+            request_id=len(self.plans), plan=plan.cuts, scheduled_s=scheduled_s,
+            submitted_s=scheduled_s, completed_s=scheduled_s + 0.01,
+            stage_s=(0.0, 0.0, 0.008), work_s=(0.0, 0.0, 0.004), queue_s=(0.0, 0.0, 0.0),
+            hop_s=(0.001, 0.001), transmit_s=(0.0005, 0.0005),
+        )  # fmt: skip
+        future.set_result(Reply(np.zeros(1), record))
+        return future
+
+    def status(self) -> dict[int, NodeStatus]:
+        return self.statuses
+
+    def probe(self, hop: int, payload_bytes: int, repeats: int = 3) -> list[float]:
+        return [0.01] * repeats
+
+
+@pytest.fixture
+def model() -> CostModel:
+    scenario = Scenario.load().replace(interval_s=0.05, episode_s=0.5, rate_rps=200.0)
+    return CostModel(synthetic_profile(model_spec("alexnet"), scenario), scenario)
+
+
+def test_records_what_was_spent(model: CostModel) -> None:
+    client = StandInClient()
+    live = LiveSystem(model, client, lambda i: i)
+    assert isinstance(live, System)
+    try:
+        live.reset(1)
+        cuts = np.array([[3, 8]])
+        results = [live.step(cuts, np.array([[65536.0, 0.0]])) for _ in range(4)]
+        results.append(live.drain_completed())
+    finally:
+        live.close()
+    arrived = sum(int(r.record.arrived[0]) for r in results)
+    completed = sum(int(r.record.completed[0]) for r in results)
+    assert arrived == completed == len(client.plans) > 10
+    assert set(client.plans) == {Plan((3, 8))}
+    assert sum(r.record.outstanding_s[0] for r in results) == pytest.approx(0.01 * completed)
+    assert sum(r.record.latency_sum_s[0] for r in results) == pytest.approx(0.01 * completed)
+    active = sum(r.record.node_active_s[0] for r in results)
+    assert active == pytest.approx([0.0, 0.0, 0.004 * completed])
+    rows = np.concatenate([r.completed.cuts for r in results if r.completed is not None])
+    assert rows.shape == (completed, 2)
+
+
+def test_refused_and_failed_requests_are_lost(model: CostModel) -> None:
+    client = StandInClient()
+    live = LiveSystem(model, client, lambda i: i)
+    try:
+        live.reset(1)
+        client.refuse = True
+        refused = live.step(np.array([[0, 0]])).record
+        client.refuse, client.fail = False, RequestTimeout("no answer")
+        failed = live.step(np.array([[0, 0]])).record
+    finally:
+        live.close()
+    for record in (refused, failed):
+        assert record.lost[0] == record.arrived[0] > 0 and record.completed[0] == 0
+
+
+def test_conditions_are_those_of_the_simulator(model: CostModel) -> None:
+    played: dict[tuple[str, int], list[float]] = {}
+
+    class Recorder:
+        def play_rate(self, hop: int, t0_s: float, dt_s: float, mbps: Any) -> None:
+            assert t0_s > time.monotonic() and dt_s == 0.05
+            played["hop", hop] = list(mbps)
+
+        def play_load(self, node: int, t0_s: float, dt_s: float, values: Any) -> None:
+            played["node", node] = list(values)
+
+    client = StandInClient()
+    live = LiveSystem(model, client, lambda i: i, Recorder())
+    simulator = Simulator(model, 1, 3, rate_rps=200.0)
+    try:
+        live.reset(3)
+        simulator.reset(3)
+        cuts = np.array([[0, 0]])
+        arrived = [(int(live.step(cuts).record.arrived[0]),
+                    int(simulator.step(cuts).record.arrived[0])) for _ in range(5)]  # fmt: skip
+    finally:
+        live.close()
+    assert all(a == b for a, b in arrived) and sum(a for a, _ in arrived) > 10
+    assert len(played) == 5 and all(len(v) >= 10 for v in played.values())
+
+
+def test_one_encoder_for_simulator_and_nodes(model: CostModel) -> None:
+    """A live status that says what the simulator's state says is encoded the same."""
+    simulator = Simulator(model, 1, 0, rate_rps=200.0)
+    simulator.reset(0)
+    cuts = np.array([[3, 8]])
+    state: SystemState = simulator.step(cuts, np.full((1, 2), 65536.0)).state
+    client = StandInClient()
+    live = LiveSystem(model, client, lambda i: i)
+    try:
+        live.reset(0)
+        live.step(cuts)
+        now = time.monotonic()
+        for k in range(3):
+            hop = {} if k == 2 else {
+                "hop_bytes_per_s": float(state.bytes_per_s[0, k]),
+                "hop_age_s": float(state.bandwidth_age_s[0, k]),
+                "hop_rtt_s": float(state.rtt_s[0, k]),
+                "hop_backlog_bytes": int(state.hop_backlog_bytes[0, k]),
+            }  # fmt: skip
+            client.statuses[k] = NodeStatus(
+                node=k, received_s=now, down=False, load=float(state.node_load[0, k]),
+                backlog_s=float(state.node_backlog_s[0, k]), **hop,
+            )  # fmt: skip
+        seen = live._state()
+    finally:
+        live.close()
+    # What the client itself counts is not part of a node's status.
+    seen.arrival_rps, seen.in_flight = state.arrival_rps, state.in_flight
+    seen.latency_ratio = state.latency_ratio
+    encoder = Encoder(model)
+    assert encoder.encode_state(seen) == pytest.approx(encoder.encode_state(state), abs=2e-3)
