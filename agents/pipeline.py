@@ -174,7 +174,8 @@ class Pipeline:
                 "solver_agreement": result.solver_agreement,
             },
         }
-        return to_checkpoint(result.model, result.policy, metadata)
+        model = result.model if result.promoted else system.model
+        return to_checkpoint(model, result.policy, metadata)
 
     def _measure(self, system: LiveSystem, checkpoint: Checkpoint) -> None:
         """A short table of arms on the running nodes; `agents.evaluate` gives the verdict."""

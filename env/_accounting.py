@@ -41,14 +41,22 @@ class Arrivals:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a hop's frames measured in an interval, [B] each; the age is infinite where nothing."""
+    """What a hop's frames measured in an interval, [B] each; the age is infinite where nothing.
+
+    `bound_bytes_per_s` is what the frame still on the hop allows at most: its bytes over the time
+    it has taken so far, as its sender sees it (a round trip late); infinite where there is none.
+    Without it an outage would show only when it is over (`executor.link.PassiveEstimator`).
+    """
 
     size_bytes: F64
     service_s: F64
     age_s: F64
+    bound_bytes_per_s: F64
 
 
-def measure(store: RequestStore, left: Departures, dt_s: float, batch: int) -> Measured:
+def measure(
+    store: RequestStore, station: int, left: Departures, dt_s: float, batch: int, rtt_s: float
+) -> Measured:
     """Bytes and service seconds of probes and of frames large enough to measure."""
     large = left.work >= MEASURED_BYTES
     env, depart = left.env, left.depart_s
@@ -60,7 +68,13 @@ def measure(store: RequestStore, left: Departures, dt_s: float, batch: int) -> M
         wall = sums(env, left.wall_s[large], batch)
     age = np.full(batch, np.inf)
     age[env] = dt_s - depart  # of repeated indices the last, newest, stays
-    return Measured(size, wall, age)
+    bound = np.full(batch, np.inf)
+    head = left.head_slot
+    head_bytes = store.work[station].take(head)
+    seen_s = left.head_elapsed_s - rtt_s
+    overdue = (seen_s > 0) & ((head_bytes >= MEASURED_BYTES) | store.is_probe.take(head))
+    bound[store.env.take(head[overdue])] = head_bytes[overdue] / seen_s[overdue]
+    return Measured(size, wall, age, bound)
 
 
 def account(

@@ -153,6 +153,8 @@ class Departures:
         spent: [B] work done in the interval.
         busy_s: [B] seconds serving in the interval.
         backlog: [B] work left of those that have arrived and not departed.
+        head_slot, head_elapsed_s: The request in service at the interval's end, one per
+            environment that has one, and its seconds in service; empty where not `timed`.
     """
 
     slot: I64
@@ -165,6 +167,8 @@ class Departures:
     spent: F64
     busy_s: F64
     backlog: F64
+    head_slot: I64
+    head_elapsed_s: F64
 
 
 class Station:
@@ -208,7 +212,9 @@ class Station:
         ready = np.concatenate([self._ready_s, *(c[1] for c in coming)])
         if len(slot) == 0:
             zeros = np.zeros(self.batch)
-            return Departures(slot, slot, ready, ready, ready, zeros, zeros, zeros, zeros, zeros)
+            return Departures(
+                slot, slot, ready, ready, ready, zeros, zeros, zeros, zeros, zeros, slot, ready
+            )
         env = store.env.take(slot)
         # By environment, then by arrival here.
         key = env * (dt_s + self._lag_bound_s - self._oldest_s)
@@ -230,6 +236,7 @@ class Station:
         self._oldest_s = 0.0
         kept_work *= kept_ready <= dt_s
         backlog = np.zeros(self.batch)
+        head_slot, elapsed = NO_SLOTS, NO_TIMES
         if len(kept):
             self._oldest_s = min(0.0, float(self._ready_s.min()))
             backlog += sums(kept_env, kept_work, self.batch)
@@ -239,6 +246,7 @@ class Station:
             served[first_env] = np.maximum(done, 0.0)
             if timed:
                 began[first_env] = np.minimum(start.take(first), dt_s) - dt_s
+                head_slot, elapsed = slot.take(first), -began.take(first_env)
             backlog -= served
 
         env, work, depart = env.take(gone), work.take(gone), depart.take(gone)
@@ -253,7 +261,7 @@ class Station:
         self._served, self._start_s = served, began
         return Departures(
             slot.take(gone), env, depart, work, wall, departed_work, departed_wall, spent, busy,
-            backlog,
+            backlog, head_slot, elapsed,
         )  # fmt: skip
 
     def _finish(self, env: I64, ready: F64, work: F64, head: I64, rates: Rates, dt_s: float) -> F64:

@@ -119,8 +119,10 @@ class Simulator:
         self.time_s = 0.0
         self._last: IntervalConditions | None = None
         b, chain = self.batch, self._chain
+        self._measured_rate = np.tile(chain.profile_rate, (b, 1))
+        self._measured_age_s = np.zeros((b, chain.n_hops))
         self._state = SystemState(
-            bytes_per_s=np.tile(chain.profile_rate, (b, 1)),
+            bytes_per_s=self._measured_rate.copy(),
             bandwidth_age_s=np.zeros((b, chain.n_hops)),
             rtt_s=np.tile(chain.rtt_s, (b, 1)),
             node_load=np.tile(chain.mean_load, (b, 1)),
@@ -270,7 +272,8 @@ class Simulator:
             k = s // 2
             if s % 2:
                 record.hop_transmit_s[:, k] = left.busy_s
-                self._measured.append(measure(store, left, dt, self.batch))
+                rtt_s = float(chain.rtt_s[k])
+                self._measured.append(measure(store, s, left, dt, self.batch, rtt_s))
                 slot, depart = self._without_probes(left, k)
                 runs = store.work[s + 1].take(slot) >= 0.0
                 # The last node always has work, so what is relayed has a hop ahead.
@@ -346,17 +349,21 @@ class Simulator:
     def _observe(self, conditions: IntervalConditions, cuts: I64, record: IntervalRecord) -> None:
         """The state a controller sees at the interval's end."""
         old = self._state
-        rate, age = old.bytes_per_s.copy(), old.bandwidth_age_s + self._dt_s
+        rate, age = self._measured_rate, self._measured_age_s
+        age += self._dt_s
+        bound = np.empty_like(rate)
         for h, m in enumerate(self._measured):
             seen = np.flatnonzero(m.age_s < np.inf)
             rate[seen, h] = m.size_bytes.take(seen) / m.service_s.take(seen)
             age[:, h] = np.minimum(age[:, h], m.age_s)
+            bound[:, h] = m.bound_bytes_per_s
+        overdue = bound < rate
         mean = record.latency_sum_s / np.maximum(record.completed, 1)
         ratio = mean / self.model.references.latency_s
         counted = record.arrived / self._dt_s - old.arrival_rps
         self._state = SystemState(
-            bytes_per_s=rate,
-            bandwidth_age_s=age,
+            bytes_per_s=np.where(overdue, bound, rate),
+            bandwidth_age_s=np.where(overdue, 0.0, age),
             rtt_s=old.rtt_s,
             node_load=1.0 - conditions.node_speed[:, :, -1],
             node_backlog_s=np.stack(self._backlog[0::2], axis=1),
