@@ -55,7 +55,8 @@ class Chain:
         largest = np.empty(self.n_stations)
         largest[0::2] = self._prefix_s[:, -1] + self._overhead_s
         largest[1::2] = self.probe_limit_bytes
-        largest *= self._max_in_flight + 2  # besides the requests one probe
+        # Admission is approximate, so leave room for more than the bound; and for a probe.
+        largest *= 3 * self._max_in_flight + 2
         lag = float(self.lag_s.max())
         return [
             Station(s, batch, float(bound), lag, timed or s % 2 == 1)

@@ -38,10 +38,11 @@ DRAIN_DEADLINES = 20.0
 class Simulator:
     """B environments of one scenario.
 
-    Approximations, all documented here: a credit freed inside an interval counts from the next
-    one (a request is lost when those outstanding at the interval's start plus those accepted in it
-    reach `max_in_flight`); a reply takes the bandwidth at the last departure and occupies no hop;
-    requests still open `DRAIN_DEADLINES` deadlines into `drain` are given up as lost.
+    Approximations, all documented here: whether a new request finds `max_in_flight` others is
+    judged as if requests completed evenly, at the last interval's rate (the exact count would need
+    the interval's completions before its arrivals are admitted); a reply takes the bandwidth at the
+    last departure and occupies no hop; requests still open `DRAIN_DEADLINES` deadlines into `drain`
+    are given up as lost.
 
     Args:
         model: Profile, scenario, references, candidate plans.
@@ -121,6 +122,7 @@ class Simulator:
         b, chain = self.batch, self._chain
         self._measured_rate = np.tile(chain.profile_rate, (b, 1))
         self._measured_age_s = np.zeros((b, chain.n_hops))
+        self._completed_rps = np.zeros(b)
         self._state = SystemState(
             bytes_per_s=self._measured_rate.copy(),
             bandwidth_age_s=np.zeros((b, chain.n_hops)),
@@ -217,12 +219,11 @@ class Simulator:
         room = self.model.scenario.max_in_flight - self._in_flight
         refused = None
         if np.any(count > room):
-            rank = np.arange(len(env)) - (np.cumsum(count) - count).take(env)
-            fits = rank < room.take(env)
+            fits = self._admitted(env, offset, count, room)
             if self.record_requests:
                 refused = refused_rows(env[~fits], self.time_s + offset[~fits], cuts)
             env, offset = env[fits], offset[fits]
-            accepted = np.minimum(count, room)
+            accepted = np.bincount(env, minlength=self.batch)
             record.lost = count - accepted
         store = self._store
         new = store.extend(len(env))
@@ -234,6 +235,23 @@ class Simulator:
         if self.record_requests:
             store.cuts[new] = cuts[env]
         return Arrivals(np.arange(new.start, new.stop), env, offset, accepted), refused
+
+    def _admitted(self, env: I64, offset_s: F64, count: I64, room: I64) -> NDArray[np.bool_]:
+        """Which arrivals find a credit.
+
+        Of the first k arrivals a_k = min(a_{k-1} + 1, F_k) are admitted, F_k the credits by then;
+        so a_k - k is the running minimum of F_j - j, and of 0.
+        """
+        rank = np.arange(1, len(env) + 1) - (np.cumsum(count) - count).take(env)
+        freed = np.minimum(self._completed_rps.take(env) * offset_s, self._in_flight.take(env))
+        credits = np.floor(room.take(env) + freed)
+        short = rank - np.maximum(credits, 0.0)
+        # Running maximum of what is short, in a lane per environment.
+        lane = env * (float(np.abs(short).max()) + 1.0) * 2.0
+        refused = np.maximum(np.maximum.accumulate(short + lane) - lane, 0.0)
+        before = np.where(rank == 1, 0.0, np.concatenate([[0.0], refused[:-1]]))
+        fits: NDArray[np.bool_] = refused == before
+        return fits
 
     def _send_probes(self, probe_bytes: F64, flows: Flows) -> None:
         """Put probes at the hops, at the interval's start."""
@@ -358,6 +376,7 @@ class Simulator:
             age[:, h] = np.minimum(age[:, h], m.age_s)
             bound[:, h] = m.bound_bytes_per_s
         overdue = bound < rate
+        self._completed_rps = record.completed / self._dt_s
         mean = record.latency_sum_s / np.maximum(record.completed, 1)
         ratio = mean / self.model.references.latency_s
         counted = record.arrived / self._dt_s - old.arrival_rps

@@ -1,4 +1,4 @@
-"""Every candidate plan of every model, over real processes: the whole model's output, bit for bit."""
+"""Every candidate plan of every model over real processes, bit for bit the whole model."""
 
 from __future__ import annotations
 
