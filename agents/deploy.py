@@ -19,12 +19,14 @@ import numpy as np
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from torch.utils.tensorboard.writer import SummaryWriter
 
 from agents.cli import CHECKPOINTS, Parser, model_argument, positive_float, run_command
 from agents.controllers import ArmContext, Controller, Decision, make_arm
 from agents.guard import GuardedController
 from agents.nodes import open_cluster, open_testbed
 from agents.runtime import Checkpoint
+from agents.scalars import log_system
 from env.cost import Cost, IntervalRecord
 from env.live import LiveSystem
 from env.scenario import Scenario
@@ -83,6 +85,17 @@ class Session:
             ran = ~done.lost
             self.latencies_s += (done.completion_s - done.arrival_s)[ran].tolist()
 
+    def log(self, writer: SummaryWriter, result: StepResult) -> None:
+        """Write the interval's system/ and guard/ scalars."""
+        step = len(self.plans)
+        log_system(writer, step, result)
+        cost = float(self.cost(result.record, self.system.n_ref)[0])
+        writer.add_scalar("deploy/reward", -cost, step)
+        if isinstance(self.controller, GuardedController):
+            count = sum(self.controller.fallbacks.values())
+            writer.add_scalar("guard/fallbacks", count, step)
+            writer.add_scalar("guard/solver_decides", float(bool(self.controller.reason)), step)
+
     @property
     def switches(self) -> int:
         """How often the plan changed."""
@@ -93,7 +106,9 @@ class Session:
         total, model = self.total, self.system.model
         energy, served = self.cost.energy(total), max(1, int(total.completed[0]))
         latency = np.array(self.latencies_s or [float("nan")]) * 1e3
-        guard = self.controller.fallbacks if hasattr(self.controller, "fallbacks") else {}
+        fallbacks: dict[str, int] = {}
+        if isinstance(self.controller, GuardedController):
+            fallbacks = dict(self.controller.fallbacks)
         return {
             "model": model.profile.spec.name,
             "controller": self.controller.name,
@@ -125,7 +140,7 @@ class Session:
             "decisions": len(self.decide_s),
             "switches": self.switches,
             "decide_us": float(np.median(self.decide_s or [0.0]) * 1e6),
-            "fallbacks": dict(guard),
+            "fallbacks": fallbacks,
             "interrupted": self.interrupted,
         }
 
@@ -295,9 +310,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", type=Path, help="default: checkpoints/MODEL")
     parser.add_argument("--weights", default="none", help="none, DEFAULT or a file (testbed only)")
     parser.add_argument("--seed", type=int, default=0, help="conditions and arrivals")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="TensorBoard's folder")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.ERROR)
     console = Console()
+    log_dir = args.runs / f"deploy-{args.model}-{time.strftime('%Y%m%d-%H%M%S')}"
     checkpoint = None
     if args.controller == "policy" or args.checkpoint:
         checkpoint = Checkpoint.load(args.checkpoint or CHECKPOINTS / args.model, args.model)
@@ -306,19 +323,23 @@ def main(argv: list[str] | None = None) -> int:
             controller = make_controller(args.controller, system, checkpoint)
             session = Session(system, controller)
             status.stop()
-            if console.is_terminal:
-                with Live(console=console, refresh_per_second=4) as live:
-                    session.run(
-                        args.duration or 0.0,
-                        args.seed,
-                        lambda plan, result: live.update(live_table(session, plan, result)),
-                    )
-            else:
-                session.run(
-                    args.duration or 0.0,
-                    args.seed,
-                    lambda plan, result: print(live_line(session, plan, result), flush=True),
-                )
+            duration = args.duration or 0.0
+            with SummaryWriter(str(log_dir)) as writer:
+                if console.is_terminal:
+                    with Live(console=console, refresh_per_second=4) as live:
+
+                        def show(decision: Decision, result: StepResult) -> None:
+                            live.update(live_table(session, decision, result))
+                            session.log(writer, result)
+
+                        session.run(duration, args.seed, show)
+                else:
+
+                    def log_line(decision: Decision, result: StepResult) -> None:
+                        print(live_line(session, decision, result), flush=True)
+                        session.log(writer, result)
+
+                    session.run(duration, args.seed, log_line)
             summary = session.summary()
     console.print(summary_table(summary))
     if args.json:

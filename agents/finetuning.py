@@ -22,12 +22,13 @@ from agents.controllers import Solver
 from agents.nodes import rescale_nodes
 from agents.policy import ResidualSolverPolicy
 from agents.runtime import PolicyController
+from agents.scalars import log_system
 from agents.training import TrainingSettings, mean_cost, to_checkpoint
 from env.cost import Cost
 from env.predict import CostModel
 from env.simulator import Simulator
 from env.state import Encoder, idle_probes
-from env.system import Completed, StepResult, System
+from env.system import Completed, System
 from env.vector import SimulatorVecEnv
 
 __all__ = ["FinetuneResult", "FinetuneSettings", "finetune"]
@@ -167,7 +168,8 @@ def finetune(
         observation = encoder.observe(history, state)
         costs.append(-float(reward[0]))
         if writer:
-            _log_interval(writer, step, float(reward[0]), result)
+            writer.add_scalar("finetune/reward", float(reward[0]), step)
+            log_system(writer, step, result)
         report(step, float(reward[0]))
         if step % settings.window == 0 or step == settings.steps:
             if done:
@@ -306,17 +308,3 @@ def _paired_ratio(
     ]
     interval = bootstrap_mean(costs[0] / costs[1])
     return interval["mean"], interval["low"], interval["high"]
-
-
-def _log_interval(writer: SummaryWriter, step: int, reward: float, result: StepResult) -> None:
-    state, record = result.state, result.record
-    writer.add_scalar("finetune/reward", reward, step)
-    writer.add_scalar("system/in_flight", float(state.in_flight[0]), step)
-    writer.add_scalar("system/lost", float(record.lost[0]), step)
-    if record.completed[0]:
-        latency = float(record.latency_sum_s[0] / record.completed[0])
-        writer.add_scalar("system/latency_s", latency, step)
-    for hop, rate in enumerate(state.bytes_per_s[0]):
-        writer.add_scalar(f"system/hop{hop}_mbps", float(rate) * 8e-6, step)
-    for node, load in enumerate(state.node_load[0]):
-        writer.add_scalar(f"system/node{node}_load", float(load), step)

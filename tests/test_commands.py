@@ -77,7 +77,7 @@ def test_deploy_serves_with_the_policy(trained: Path, tmp_path: Path) -> None:
     before = children_of_tests()
     done = run(
         "-m", "agents.deploy", "--model", "alexnet", "--duration", "4", "--rate", "4",
-        "--checkpoint", str(trained / "alexnet"), "--json", str(out),
+        "--checkpoint", str(trained / "alexnet"), "--json", str(out), "--runs", str(tmp_path),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     summary = json.loads(out.read_text())
@@ -86,6 +86,7 @@ def test_deploy_serves_with_the_policy(trained: Path, tmp_path: Path) -> None:
     assert requests["submitted"] == requests["completed"] + requests["lost"] > 0
     assert summary["energy_j_per_request"]["full"]["total"] > 0
     assert "cost per request" in done.stdout
+    assert list(tmp_path.rglob("events.out.tfevents.*"))
     assert children_of_tests() <= before
 
 
@@ -93,7 +94,7 @@ def test_interrupted_deploy_ends_with_a_summary(trained: Path, tmp_path: Path) -
     before, out = children_of_tests(), tmp_path / "summary.json"
     with subprocess.Popen(
         [sys.executable, "-m", "agents.deploy", "--controller", "cloud", "--rate", "4",
-         "--json", str(out)],
+         "--json", str(out), "--runs", str(tmp_path)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
     ) as process:  # fmt: skip
