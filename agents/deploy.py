@@ -36,6 +36,7 @@ from executor.profile import write_atomic
 
 __all__ = ["Session", "main"]
 
+UNLIMITED_S = 7200.0
 CONTROLLERS = ("policy", "solver", "paper", "static", "edge", "fog", "cloud")
 
 
@@ -281,7 +282,8 @@ def make_controller(name: str, system: LiveSystem, checkpoint: Checkpoint | None
 @contextmanager
 def open_system(args: Any, checkpoint: Checkpoint | None) -> Iterator[LiveSystem]:
     """The cluster that was named, or the testbed."""
-    scenario = Scenario.load(args.scenario)
+    # The conditions played on the testbed last as long as an episode, then stay as they are.
+    scenario = Scenario.load(args.scenario).replace(episode_s=args.duration or UNLIMITED_S)
     if args.rate:
         scenario = scenario.replace(rate_rps=args.rate)
     source = None if args.source == "random" else image_inputs(Path(args.source))
