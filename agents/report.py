@@ -88,18 +88,23 @@ def plot(result: dict[str, Any], path: Path) -> None:
             # Rounding may put a mean a hair outside the interval of equal values.
             low = [max(v["mean"] - v["low"], 0.0) for v in values]
             high = [max(v["high"] - v["mean"], 0.0) for v in values]
-            at = [x + (k - (len(rates) - 1) / 2) * 0.2 for x in range(len(names))]
+            position = [x + (k - (len(rates) - 1) / 2) * 0.2 for x in range(len(names))]
             axis.errorbar(
-                at, mean, yerr=[low, high], fmt="o", capsize=3, label=f"{rate} of capacity"
+                position, mean, yerr=[low, high], fmt="o", capsize=3, label=f"{rate} of capacity"
             )
         axis.set_ylabel(label)
         axis.set_xticks(range(len(names)), names, rotation=40, ha="right")
         axis.grid(axis="y", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yscale("log")  # queues that overflow are orders of magnitude slower
-    axes[1].set_ylim(bottom=0.0)
-    axes[0].legend(frameon=False)
-    figure.suptitle(f"{result['model']}, {result['backend']}, {result['seeds']} seeds")
+    axes[0].yaxis.set_major_formatter("{x:.0f}")
+    axes[0].yaxis.set_minor_formatter("{x:.0f}")
+    axes[1].set_ylim(0.0, 1.1 * axes[1].get_ylim()[1])
+    if len(rates) > 1:
+        axes[0].legend(frameon=False)
+    runs = "one run" if result["seeds"] == 1 else f"{result['seeds']} seeds, 95 % intervals"
+    at = "" if len(rates) > 1 else f", {rates[0]} of capacity"
+    figure.suptitle(f"{result['model']}, {result['backend']}{at}, {runs}")
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
