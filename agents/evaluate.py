@@ -32,6 +32,7 @@ from agents.compare import (
 from agents.controllers import ARMS, ArmContext, Controller, make_arm
 from agents.report import TABLE_WIDTH, plot, table
 from agents.runtime import Checkpoint
+from env.live import LiveSystem
 from env.predict import CostModel
 from env.scenario import Scenario
 from env.simulator import Simulator
@@ -46,6 +47,7 @@ __all__ = ["main", "make_testbed_system"]
 POLICY_ARMS = ("policy-zeroed", "policy")
 FIRST_SEED = 9000  # far from training's
 DEFAULT_STARTUP_S = 20.0
+MAX_OVERRUN_SHARE = 0.01
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,6 +64,13 @@ def _main(args: argparse.Namespace) -> int:
     for rate, part in result["by_rate"].items():
         title = f"{args.model}, {args.backend}, {rate} of capacity ({part['rate_rps']:.2f}/s)"
         console.print(table(title, part["arms"]))
+        for node, share in part["overrun_share"].items():
+            if share > MAX_OVERRUN_SHARE:
+                console.print(
+                    f"not valid: {share:.1%} of {node}'s stages ended late (at most "
+                    f"{MAX_OVERRUN_SHARE:.0%}); use a quieter machine or larger node ratios",
+                    markup=False,
+                )
     if len(result["by_rate"]) > 1:
         console.print(table(f"{args.model}, {args.backend}, all rates", result["arms"]))
     if args.json is not None:
@@ -124,6 +133,7 @@ def _evaluate(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             by_rate[f"{part.fraction:.3g}"] = {
                 "rate_rps": part.model.rate_rps(),
                 "startup_s": part.startup * scenario.interval_s,
+                "overrun_share": part.overruns,
                 "arms": summarise(part.runs, part.model, part.decide_us),
             }
     pooled = {name: ArmRun.stack([p.runs[name] for p in parts]) for name in arms}
@@ -171,6 +181,7 @@ class _Part:
         self.fraction = model.rate_rps() / model.capacity_rps
         self.runs: dict[str, ArmRun] = {}
         self.decide_us: dict[str, float] = {}
+        self.overruns: dict[str, float] = {}
         self.n_intervals: int = args.intervals or model.scenario.steps_per_episode
         self._live = args.backend == "testbed"
         self._seeds = range(args.first_seed, args.first_seed + args.seeds)
@@ -235,6 +246,8 @@ class _Part:
                     runs.append(self._run(system, controller, seed))
                 self.runs[name] = ArmRun.stack(runs)
                 self.decide_us[name] = 1e6 * float(np.mean(self.runs[name].decide_s))
+            if isinstance(system, LiveSystem):
+                self.overruns = system.overrun_share()
 
     def _run(self, system: System | Simulator, controller: Controller, seed: int) -> ArmRun:
         return run_arm(

@@ -55,7 +55,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="alexnet")
     parser.add_argument("--plans", type=int, default=12)
-    parser.add_argument("--requests", type=int, default=40, help="mean requests per cell")
+    parser.add_argument("--requests", type=int, default=30, help="mean requests per cell")
+    parser.add_argument("--seconds", type=float, default=12.0, help="at most, per cell")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     base, console = Scenario.load(), Console()
@@ -73,7 +74,9 @@ def main() -> None:
                 for fraction in (IDLE_FRACTION, BUSY_FRACTION):
                     for plan in plans:
                         rate = fraction * capacity_rps(profile, plan, mbps)
-                        steps = int(np.ceil(args.requests / max(rate, args.requests / 20.0)))
+                        steps = int(
+                            np.ceil(args.requests / max(rate, args.requests / args.seconds))
+                        )
                         scenario = constant_scenario(base, mbps, float(steps))
                         model = CostModel(profile, scenario)
                         live = LiveSystem(model, client, random_inputs(), testbed, rate)

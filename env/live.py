@@ -177,6 +177,15 @@ class LiveSystem:
         completed = self._collect(record, begin, self._end_s, [])
         return StepResult(state=self._state(), record=record, completed=completed)
 
+    def overrun_share(self) -> dict[str, float]:
+        """Per node, the share of paced stages that ended late; above 1 % a run is not valid."""
+        status, nodes = self.client.status(), self.model.profile.nodes
+        return {
+            node.name: status[k].overruns / max(1, status[k].stages)
+            for k, node in enumerate(nodes)
+            if k in status
+        }
+
     def close(self) -> None:
         """Stop probing; the client stays its owner's."""
         self._probers.shutdown(wait=True, cancel_futures=True)
