@@ -9,9 +9,12 @@ import time
 from concurrent.futures import Future
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
+from stable_baselines3.common.env_checker import check_env
 
+from agents.nodes import random_inputs
 from env.live import LiveSystem
 from env.predict import CostModel
 from env.scenario import Scenario
@@ -23,6 +26,7 @@ from executor.client import NodeStatus, Reply, RequestRecord
 from executor.errors import RequestRefused, RequestTimeout
 from executor.model import model_spec
 from executor.plan import Plan
+from executor.testbed import Testbed
 
 
 class StandInClient:
@@ -161,3 +165,19 @@ def test_one_encoder_for_simulator_and_nodes(model: CostModel) -> None:
     seen.latency_ratio = state.latency_ratio
     encoder = Encoder(model)
     assert encoder.encode_state(seen) == pytest.approx(encoder.encode_state(state), abs=2e-3)
+
+
+def test_sb3_accepts_the_environment_over_real_nodes(model: CostModel) -> None:
+    """Three real processes behind shaped hops, stepped in real time."""
+    scenario = Scenario.load().replace(interval_s=0.2, episode_s=1.0, rate_rps=5.0)
+    with Testbed("alexnet") as testbed, testbed.client() as client:
+        real = CostModel(model.profile, scenario)
+        live = LiveSystem(real, client, random_inputs(), testbed)
+        try:
+            game = gymnasium.make("Offloading-v0", system=live, disable_env_checker=True)
+            check_env(game.unwrapped)
+            game.reset(seed=1)
+            ends = [game.step(0)[2:4] for _ in range(5)]
+            assert ends == [(False, False)] * 4 + [(False, True)]
+        finally:
+            live.close()
