@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -61,12 +62,22 @@ class Session:
     def run(
         self, duration_s: float, seed: int, show: Callable[[Decision, StepResult], None]
     ) -> None:
-        """Serve for `duration_s` seconds (0: until interrupted), then finish what is open."""
+        """Serve for `duration_s` seconds (0: until Ctrl-C), then finish what is open.
+
+        Ctrl-C ends the loop after the interval; a second one interrupts at once.
+        """
         system = self.system
+        before = signal.getsignal(signal.SIGINT)
+
+        def stop(*_: object) -> None:
+            self.interrupted = True
+            signal.signal(signal.SIGINT, before)
+
+        signal.signal(signal.SIGINT, stop)
         try:
             state, last = system.reset(seed), None
             self.controller.reset(system.model, 1)
-            while not duration_s or system.time_s < duration_s - 1e-9:
+            while not self.interrupted and (not duration_s or system.time_s < duration_s - 1e-9):
                 begun = time.perf_counter()
                 decision = self.controller.decide(state, last)
                 self.decide_s.append(time.perf_counter() - begun)
@@ -75,9 +86,9 @@ class Session:
                 state = last.state
                 self._add(last)
                 show(decision, last)
-        except KeyboardInterrupt:
-            self.interrupted = True
-        self._add(system.drain_completed())
+            self._add(system.drain_completed())
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def _add(self, result: StepResult) -> None:
         self.total.add(result.record)

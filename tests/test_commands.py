@@ -90,7 +90,7 @@ def test_deploy_serves_with_the_policy(trained: Path, tmp_path: Path) -> None:
     assert children_of_tests() <= before
 
 
-def test_interrupted_deploy_ends_with_a_summary(trained: Path, tmp_path: Path) -> None:
+def test_interrupted_deploy_ends_with_a_summary(tmp_path: Path) -> None:
     before, out = children_of_tests(), tmp_path / "summary.json"
     with subprocess.Popen(
         [sys.executable, "-m", "agents.deploy", "--controller", "cloud", "--rate", "4",
