@@ -102,10 +102,8 @@ class Pipeline:
                 bar.update(task, completed=steps, note=f"cost {best:.3f} x the solver's")
 
             result = train_policy(model, self.training, self.log_dir, report)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        aside = self.directory / ".policy.zip.part"
-        result.ppo.save(aside)
-        aside.rename(self.directory / "policy.zip")
+        self._ppo = result.ppo
+        self._save_ppo()
         policy = result.ppo.policy
         assert isinstance(policy, ResidualSolverPolicy)
         table_, results = self._simulate(model, result.checkpoint)
@@ -116,8 +114,14 @@ class Pipeline:
             "simulator": results,
             "steps_per_s": round(result.steps_per_s),
         }
-        self._ppo = result.ppo
         return policy, replace(result.checkpoint, metadata=metadata)
+
+    def _save_ppo(self) -> None:
+        """Write SB3's form of the policy aside, then rename it."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        aside = self.directory / ".policy.zip.part"
+        self._ppo.save(aside)
+        aside.rename(self.directory / "policy.zip")
 
     def _simulate(self, model: CostModel, checkpoint: Checkpoint) -> tuple[Any, dict[str, Any]]:
         """Arms on held-out conditions of the simulator."""
@@ -161,9 +165,7 @@ class Pipeline:
         self.console.print(f"fine-tuned / trained cost (mean, low, high): {ratio}; {kept}")
         if result.promoted:
             self._ppo.policy.load_state_dict(result.policy.state_dict())
-            aside = self.directory / ".policy.zip.part"
-            self._ppo.save(aside)
-            aside.rename(self.directory / "policy.zip")
+            self._save_ppo()
         metadata = {
             **checkpoint.metadata,
             "finetuning": {

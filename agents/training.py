@@ -19,6 +19,7 @@ from stable_baselines3.common.logger import HParam
 from agents.controllers import Controller, Solver
 from agents.policy import ResidualSolverPolicy, export_arrays, policy_kwargs
 from agents.runtime import Checkpoint, PolicyController
+from env.cost import Cost
 from env.predict import CostModel
 from env.simulator import Simulator
 from env.vector import SimulatorVecEnv
@@ -50,7 +51,6 @@ class TrainingSettings:
         seed: Everything drawn depends on it.
         validate_every: Steps between two validations against the solver.
         validation_envs: Environments of a validation.
-        time_limit_s: Stop training after this many seconds (0: no limit).
         threads: Torch threads of the updates (1.2 x faster with 2 than with 1 on 2 cores).
     """
 
@@ -70,7 +70,6 @@ class TrainingSettings:
     seed: int = 0
     validate_every: int = 200_000
     validation_envs: int = 192
-    time_limit_s: float = 0.0
     threads: int = 2
 
 
@@ -93,8 +92,6 @@ class TrainingResult:
 
 def mean_cost(controller: Controller, simulator: Simulator, seed: int, steps: int) -> F64:
     """Mean cost per step and environment of a controller on the conditions `seed` names, [B]."""
-    from env.cost import Cost
-
     model = simulator.model
     cost = Cost(model.profile, model.references, model.scenario)
     state, last = simulator.reset(seed), None
@@ -154,7 +151,6 @@ class _Validation(BaseCallback):
         self.best = float("inf")
         self.best_weights: dict[str, torch.Tensor] = {}
         self._next = 0
-        self._started = time.monotonic()
 
     def validate(self) -> None:
         """Compare with the solver on common random numbers; keep the weights if they are best."""
@@ -189,8 +185,7 @@ class _Validation(BaseCallback):
         self.report(self.num_timesteps, self.best)
 
     def _on_step(self) -> bool:
-        limit = self.settings.time_limit_s
-        return not (limit and time.monotonic() - self._started > limit)
+        return True
 
 
 def to_checkpoint(
