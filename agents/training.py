@@ -217,7 +217,13 @@ def train_policy(
     """
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
-    env = SimulatorVecEnv(model, settings.n_envs, seed=settings.seed, rate_fraction=settings.rates)
+    env = SimulatorVecEnv(
+        model,
+        settings.n_envs,
+        seed=settings.seed,
+        rate_fraction=settings.rates,
+        copies=settings.copies,
+    )
 
     def learning_rate(remaining: float) -> float:
         return settings.learning_rate * (0.1 + 0.9 * remaining)
@@ -234,7 +240,7 @@ def train_policy(
         ent_coef=settings.entropy,
         max_grad_norm=0.5,
         rollout_buffer_class=GroupBaselineBuffer,
-        rollout_buffer_kwargs={"copies": settings.copies},
+        rollout_buffer_kwargs={"copies": env.copies},
         policy_kwargs=policy_kwargs(model, settings.tau, settings.width),
         seed=settings.seed,
         tensorboard_log=str(log_dir) if log_dir else None,

@@ -57,6 +57,7 @@ class SimulatorVecEnv(VecEnv):
         self.model = model
         self.encoder = Encoder(model)
         self.cost = Cost(model.profile, model.references, model.scenario)
+        self.copies = copies
         self._fraction = rate_fraction
         self._rng = np.random.default_rng(seed)
         rate = self._draw_rates(n_envs)

@@ -120,6 +120,13 @@ def test_training_is_deterministic_and_keeps_the_best(model: CostModel, tmp_path
     best = min(ratio for _, ratio in results[0].validation)
     assert results[0].checkpoint.metadata["training"]["validation_cost_ratio_to_solver"] == best
     assert list((tmp_path / "0").rglob("events.out.tfevents.*"))
+    # Groups that share a baseline must share their conditions.
+    env = results[0].ppo.get_env()
+    assert isinstance(env, SimulatorVecEnv)
+    assert results[0].ppo.rollout_buffer.copies == TINY.copies  # type: ignore[attr-defined]
+    arrivals = env.simulator.step(np.zeros((TINY.n_envs, 2), dtype=np.int64)).record.arrived
+    groups = arrivals.reshape(-1, TINY.copies)
+    assert (groups == groups[:, :1]).all() and len(set(groups[:, 0])) > 1
 
 
 def test_ppo_learns_what_a_wrong_solver_misses() -> None:
