@@ -204,7 +204,7 @@ class Station:
         """Hold other contents; slots and times by environment, in the order of arrival here."""
         self.slot, self._ready_s = slot, ready_s
         self._oldest_s = min(0.0, float(ready_s.min(initial=0.0)))
-        self._served, self._start_s = served, start_s
+        self._served, self._start_s, self.batch = served, start_s, len(served)
 
     def serve(
         self, store: RequestStore, coming: list[tuple[I64, F64]], rates: Rates, dt_s: float

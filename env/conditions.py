@@ -6,8 +6,8 @@ to every controller (common random numbers), in the simulator and on the testbed
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -75,6 +75,14 @@ class IntervalConditions:
             arrival_offset_s=np.zeros(0),
             arrival_count=np.zeros_like(self.arrival_count),
         )
+
+    @staticmethod
+    def joined(intervals: Sequence[IntervalConditions]) -> IntervalConditions:
+        """Intervals one after the other as sub-steps of a single one, without their arrivals."""
+        quiet = intervals[0].held()
+        names = quiet._levels(lambda a: a)
+        series = {n: np.concatenate([getattr(i, n) for i in intervals], axis=2) for n in names}
+        return replace(quiet, **series)
 
     def _levels(self, change: Callable[[F64], F64]) -> dict[str, F64]:
         """Every quantity of shape [B, ., K], changed."""

@@ -250,23 +250,24 @@ class Simulator:
 
         Args:
             snapshot: Where from.
-            index: [B] environment b takes the snapshot's environment index[b], as often as wanted.
-            conditions: Where conditions come from, from now on (and after a `reset`); None goes on
-                with this simulator's own.
+            index: Environment b takes the snapshot's environment index[b], as often as wanted.
+            conditions: Where conditions come from, from now on (and after a `reset`); the number
+                of environments may be another with them. None goes on with this simulator's own.
 
         Raises:
             ConfigError: No such environments, another chain, or requests that were not recorded.
         """
         index = np.asarray(index, dtype=np.int64)
-        if index.shape != (self.batch,) or not 0 <= index.min() <= index.max() < snapshot.batch:
-            raise ConfigError(
-                f"index must be {self.batch} environments of 0..{snapshot.batch - 1}, got "
-                f"{len(index)} of {index.min()}..{index.max()}"
-            )
+        if not (len(index) and 0 <= index.min() <= index.max() < snapshot.batch):
+            raise ConfigError(f"a snapshot's environments are 0..{snapshot.batch - 1}, got {index}")
         if snapshot.queued.work.shape[0] != len(self._stations):
             raise ConfigError("a snapshot of another chain of nodes cannot be restored here")
         if self.record_requests and not snapshot.recorded:
             raise ConfigError("this simulator records requests and the snapshot's did not")
+        expected = self.batch if conditions is None else len(conditions.rate_rps)
+        if len(index) != expected:
+            raise ConfigError(f"expected an index of {expected} environments, got {len(index)}")
+        self.batch = expected
         if conditions is not None:
             self._play(conditions)
         self._empty()

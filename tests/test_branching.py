@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_chain import random_cuts, toy_profile, toy_scenario
 
-from env.conditions import Conditions, SharedConditions
+from env.conditions import Conditions, IntervalConditions, SharedConditions
 from env.predict import CostModel
 from env.simulator import Simulator
 from env.tape import Tape, record_conditions
@@ -130,7 +130,7 @@ def test_an_environment_can_be_copied_to_other_places(seed, index, record):
     rng = np.random.default_rng(seed)
     for _ in range(8):
         original.step(*random_step(rng, BATCH, 2))
-    branch = tape_simulator(model, tape, index, record_requests=record)
+    branch = tape_simulator(model, tape, record_requests=record)
     state = branch.restore(original.snapshot(), index, tape.play(index, start=8))
     np.testing.assert_array_equal(branch.n_ref, tape.rate_rps[index])
     np.testing.assert_array_equal(state.in_flight, original.snapshot().in_flight[index])
@@ -158,7 +158,7 @@ def test_branches_of_one_environment_part_with_their_plans():
     for _ in range(5):
         original.step(*random_step(rng, BATCH, 2))
     snapshot, index = original.snapshot(), np.zeros(len(model.plans), dtype=np.int64)
-    branches = tape_simulator(model, tape, index)
+    branches = tape_simulator(model, tape)
     outcomes = []
     for _ in range(2):  # a snapshot can be restored again
         branches.restore(snapshot, index, tape.play(index, start=5))
@@ -176,11 +176,7 @@ def test_run_out_under_the_tapes_future_is_stepping_through_it_without_arrivals(
         sim.step(*random_step(rng, BATCH, 2))
     snapshot = sim.snapshot()
     future = [tape.intervals[t] for t in range(6, 30)]
-    ahead = dataclasses.replace(
-        future[-1].held(),
-        hop_bytes_per_s=np.concatenate([c.hop_bytes_per_s for c in future], axis=2),
-        node_speed=np.concatenate([c.node_speed for c in future], axis=2),
-    )
+    ahead = IntervalConditions.joined(future)
     at_once = sim.run_out(ahead)
     silent = [
         dataclasses.replace(c.held(), hop_bytes_per_s=c.hop_bytes_per_s, node_speed=c.node_speed)
@@ -204,16 +200,20 @@ def test_wrong_branches_are_named():
     tape = tape_of(model, 2)
     sim = tape_simulator(model, tape)
     snapshot = sim.snapshot()
-    for index in ([0], [0, 1, 2, 3, 5], [-1, 0, 0, 0, 0]):
-        with pytest.raises(ConfigError, match=r"index must be 5 environments of 0\.\.4"):
-            sim.restore(snapshot, np.array(index))
+    for index in ([], [0, 1, 2, 3, 5], [-1, 0, 0, 0, 0]):
+        with pytest.raises(ConfigError, match=r"snapshot's environments are 0\.\.4"):
+            sim.restore(snapshot, np.array(index, dtype=np.int64))
+    with pytest.raises(ConfigError, match="an index of 5 environments, got 2"):
+        sim.restore(snapshot, np.array([0, 1]))
+    with pytest.raises(ConfigError, match="an index of 2 environments, got 5"):
+        sim.restore(snapshot, np.arange(5), tape.play(np.array([0, 1])))
     with pytest.raises(ConfigError, match="records requests"):
         tape_simulator(model, tape, record_requests=True).restore(snapshot, np.arange(5))
     with pytest.raises(ConfigError, match="another chain"):
         other = toy_model(2)
         tape_simulator(other, tape_of(other, 1)).restore(snapshot, np.arange(5))
     with pytest.raises(ConfigError, match="conditions for 5 environments, got 2"):
-        sim.restore(snapshot, np.arange(5), tape.play(np.array([0, 1])))
+        Simulator(model, 5, 0, conditions=tape.play(np.array([0, 1])))
     with pytest.raises(ConfigError, match=r"environments are 0\.\.4"):
         tape.play(np.array([5]))
     with pytest.raises(ConfigError, match="cannot start at 3"):
