@@ -91,14 +91,16 @@ class Chain:
                 before = cuts[:, k]
         return works
 
-    def rates(self, conditions: IntervalConditions, substep_s: float) -> list[Rates]:
-        """What each station does per second."""
+    def rates(
+        self, conditions: IntervalConditions, substep_s: float, last_s: float | None = None
+    ) -> list[Rates]:
+        """What each station does per second; the last sub-step lasts `last_s` if that is given."""
         rates = []
         for k in range(self.n_nodes):
-            rates.append(Rates(conditions.node_speed[:, k], substep_s))
+            rates.append(Rates(conditions.node_speed[:, k], substep_s, last_s))
             if k < self.n_hops:
                 hop = np.maximum(conditions.hop_bytes_per_s[:, k], RATE_FLOOR)
-                rates.append(Rates(hop, substep_s))
+                rates.append(Rates(hop, substep_s, last_s))
         return rates
 
     def return_s(self, rates: list[Rates], node: int, env: I64, depart_s: F64) -> F64:

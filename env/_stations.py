@@ -87,15 +87,16 @@ class Rates:
     Args:
         rate: [B, K] work per second in each of K sub-steps, positive.
         substep_s: Length of a sub-step.
+        last_s: Length of the last sub-step, where it is another.
     """
 
-    def __init__(self, rate: F64, substep_s: float) -> None:
+    def __init__(self, rate: F64, substep_s: float, last_s: float | None = None) -> None:
         self.rate = np.ascontiguousarray(rate)
         self.substep_s = substep_s
         self.n_substeps = rate.shape[1]
         # Work done by the end of each sub-step but the last, [K - 1, B].
         self.bounds = np.cumsum(self.rate[:, :-1] * substep_s, axis=1).T
-        self.total: F64 = self.rate[:, -1] * substep_s
+        self.total: F64 = self.rate[:, -1] * (substep_s if last_s is None else last_s)
         self._reach: F64 = self.bounds
         if self.n_substeps > 1:
             self.total += self.bounds[-1]
@@ -194,6 +195,16 @@ class Station:
         self.slot, self._ready_s, self._oldest_s = NO_SLOTS, NO_TIMES, 0.0
         # Of the request in service: the work already done, and (if timed) its start, <= 0 from now.
         self._served, self._start_s = np.zeros(self.batch), np.zeros(self.batch)
+
+    def contents(self) -> tuple[I64, F64, F64, F64]:
+        """Slots here and when each is (or was) here; per environment `_served` and `_start_s`."""
+        return self.slot, self._ready_s, self._served, self._start_s
+
+    def put(self, slot: I64, ready_s: F64, served: F64, start_s: F64) -> None:
+        """Hold other contents; slots and times by environment, in the order of arrival here."""
+        self.slot, self._ready_s = slot, ready_s
+        self._oldest_s = min(0.0, float(ready_s.min(initial=0.0)))
+        self._served, self._start_s, self.batch = served, start_s, len(served)
 
     def serve(
         self, store: RequestStore, coming: list[tuple[I64, F64]], rates: Rates, dt_s: float

@@ -6,8 +6,10 @@ to every controller (common random numbers), in the simulator and on the testbed
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,7 @@ from executor.errors import ConfigError
 
 __all__ = [
     "Conditions",
+    "ConditionsSource",
     "IntervalConditions",
     "SharedConditions",
     "load_trace",
@@ -49,6 +52,61 @@ class IntervalConditions:
     arrival_env: NDArray[np.int64]
     arrival_offset_s: F64
     arrival_count: NDArray[np.int64]
+
+    def take(self, index: I64) -> IntervalConditions:
+        """Environment b of the result has the conditions of this one's environment index[b]."""
+        count = self.arrival_count[index]
+        first = (np.cumsum(self.arrival_count) - self.arrival_count)[index]
+        env = np.repeat(np.arange(len(index)), count)
+        position = np.arange(len(env)) + np.repeat(first - (np.cumsum(count) - count), count)
+        offset = self.arrival_offset_s[position]
+        return IntervalConditions(
+            **self._levels(lambda a: a[index]),
+            arrival_env=env,
+            arrival_offset_s=offset,
+            arrival_count=count,
+        )
+
+    def held(self) -> IntervalConditions:
+        """The last sub-step's values, and no arrivals."""
+        return IntervalConditions(
+            **self._levels(lambda a: a[:, :, -1:]),
+            arrival_env=np.zeros(0, dtype=np.int64),
+            arrival_offset_s=np.zeros(0),
+            arrival_count=np.zeros_like(self.arrival_count),
+        )
+
+    @staticmethod
+    def joined(intervals: Sequence[IntervalConditions]) -> IntervalConditions:
+        """Intervals one after the other as sub-steps of a single one, without their arrivals."""
+        quiet = intervals[0].held()
+        names = quiet._levels(lambda a: a)
+        series = {n: np.concatenate([getattr(i, n) for i in intervals], axis=2) for n in names}
+        return replace(quiet, **series)
+
+    def _levels(self, change: Callable[[F64], F64]) -> dict[str, F64]:
+        """Every quantity of shape [B, ., K], changed."""
+        names = [f.name for f in fields(self) if not f.name.startswith("arrival_")]
+        return {name: change(getattr(self, name)) for name in names}
+
+
+class ConditionsSource(Protocol):
+    """What a simulator takes its conditions from.
+
+    Attributes:
+        rate_rps: [B] mean arrival rate of each environment.
+        substep_s: Seconds that a bandwidth or a load lasts.
+    """
+
+    rate_rps: F64
+    substep_s: float
+
+    def reset(self, seed: int) -> None:
+        """Start again, with the conditions that `seed` names."""
+
+    def next(self) -> IntervalConditions:
+        """The next interval's conditions."""
+        ...
 
 
 class Conditions:
@@ -222,20 +280,10 @@ class SharedConditions(Conditions):
 
     def next(self) -> IntervalConditions:
         """The next interval's conditions, repeated within groups."""
-        drawn, copies = super().next(), self.copies
-        if copies == 1:
+        drawn = super().next()
+        if self.copies == 1:
             return drawn
-        count = np.repeat(drawn.arrival_count, copies)
-        first = np.repeat(np.cumsum(drawn.arrival_count) - drawn.arrival_count, copies)
-        env = np.repeat(np.arange(len(count)), count)
-        rank = np.arange(len(env)) - np.repeat(np.cumsum(count) - count, count)
-        return IntervalConditions(
-            hop_bytes_per_s=np.repeat(drawn.hop_bytes_per_s, copies, axis=0),
-            node_speed=np.repeat(drawn.node_speed, copies, axis=0),
-            arrival_env=env,
-            arrival_offset_s=drawn.arrival_offset_s[first[env] + rank],
-            arrival_count=count,
-        )
+        return drawn.take(np.repeat(np.arange(self.batch), self.copies))
 
 
 def process_mean(process: Process) -> float:

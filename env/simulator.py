@@ -17,15 +17,16 @@ from numpy.typing import NDArray
 
 from env._accounting import Arrivals, Measured, account, join, measure, refused_rows, rows
 from env._chain import Chain
+from env._snapshot import Queued, Snapshot, take_state
 from env._stations import NO_SLOTS, NO_TIMES, Departures, Rates, RequestStore
-from env.conditions import IntervalConditions, SharedConditions
+from env.conditions import ConditionsSource, IntervalConditions, SharedConditions
 from env.cost import IntervalRecord
 from env.predict import CostModel
 from env.state import SystemState
 from env.system import ARRIVAL_SMOOTHING_S, Completed, StepResult
 from executor.errors import ConfigError
 
-__all__ = ["Completed", "Simulator", "StepResult"]
+__all__ = ["Completed", "Simulator", "Snapshot", "StepResult"]
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
@@ -52,6 +53,8 @@ class Simulator:
             or a (low, high) tuple drawn uniformly per environment at each reset.
         record_requests: Also return one row per finished request (`StepResult.completed`).
         copies: So many neighbouring environments share their conditions and rate.
+        conditions: Where bandwidth, load and arrivals come from, with their rates (a tape's
+            player); None draws those that `seed` names.
 
     Attributes:
         model: As given.
@@ -68,6 +71,7 @@ class Simulator:
         rate_rps: F64 | float | tuple[float, float] | None = None,
         record_requests: bool = False,
         copies: int = 1,
+        conditions: ConditionsSource | None = None,
     ) -> None:
         if batch < 1:
             raise ConfigError(f"batch must be at least 1, got {batch}")
@@ -80,9 +84,15 @@ class Simulator:
         self._seeds = np.random.default_rng([seed, 1])
         self._dt_s = model.scenario.interval_s
         self._smoothing = -np.expm1(-self._dt_s / ARRIVAL_SMOOTHING_S)
-        self._conditions = SharedConditions(model.scenario, np.ones(batch), seed, copies)
         self.n_ref: F64
-        self.set_rates(np.asarray(model.rate_rps() if rate_rps is None else rate_rps))
+        self._conditions: ConditionsSource
+        if conditions is None:
+            self._conditions = SharedConditions(model.scenario, np.ones(batch), seed, copies)
+            self.set_rates(np.asarray(model.rate_rps() if rate_rps is None else rate_rps))
+        elif rate_rps is not None or copies != 1:
+            raise ConfigError("conditions bring their own rates; give no rate_rps and no copies")
+        else:
+            self._play(conditions)
         self._chain = Chain(model)
         capacity = batch * min(model.scenario.max_in_flight, 16) + 64
         self._store = RequestStore(
@@ -95,14 +105,24 @@ class Simulator:
         """Give each environment another mean arrival rate [B]; call `reset` next.
 
         Raises:
-            ConfigError: A rate is not positive.
+            ConfigError: A rate is not positive, or the conditions bring their own.
         """
+        if not isinstance(self._conditions, SharedConditions):
+            raise ConfigError("the conditions this simulator was given bring their own rates")
         rate = np.broadcast_to(np.asarray(rate_rps, dtype=np.float64), (self.batch,)).copy()
         if not np.all(rate > 0):
             raise ConfigError(f"rate_rps must be positive, got {rate.min()} requests/s")
         copies = self._conditions.copies
         self._conditions.rate_rps = rate[::copies]
         self.n_ref = np.repeat(rate[::copies], copies)
+
+    def _play(self, conditions: ConditionsSource) -> None:
+        """Take conditions from another source."""
+        if len(conditions.rate_rps) != self.batch:
+            raise ConfigError(
+                f"expected conditions for {self.batch} environments, got {len(conditions.rate_rps)}"
+            )
+        self._conditions, self.n_ref = conditions, conditions.rate_rps.copy()
 
     def reset(self, seed: int | None = None) -> SystemState:
         """Empty queues and new conditions.
@@ -175,27 +195,92 @@ class Simulator:
 
     def drain_completed(self) -> StepResult:
         """As `drain`, with the requests that ended (when recorded) and the state after it."""
+        if self._last is None:
+            return StepResult(self._state, IntervalRecord.zeros(self.batch, self._chain.n_nodes))
+        return self.run_out(self._last.held())
+
+    def run_out(self, coming: IntervalConditions) -> StepResult:
+        """As `drain_completed`, under other conditions than the last ones.
+
+        Args:
+            coming: Bandwidth and load from now on, in sub-steps of the usual length; the last is
+                held until all is done. Arrivals in it are left out.
+        """
+        limit = DRAIN_DEADLINES * self.model.references.deadline_s
+        substep_s = self._conditions.substep_s
+        last_s = limit - substep_s * (coming.node_speed.shape[2] - 1)
+        if last_s <= 0:
+            raise ConfigError(f"a run-out lasts {limit:g} s; conditions go on for longer")
         record = IntervalRecord.zeros(self.batch, self._chain.n_nodes)
-        completed = None
-        if self._last is not None:
-            limit = DRAIN_DEADLINES * self.model.references.deadline_s
-            held = IntervalConditions(
-                hop_bytes_per_s=self._last.hop_bytes_per_s[:, :, -1:],
-                node_speed=self._last.node_speed[:, :, -1:],
-                arrival_env=NO_SLOTS,
-                arrival_offset_s=NO_TIMES,
-                arrival_count=np.zeros(self.batch, dtype=np.int64),
-            )
-            flows: Flows = [[] for _ in self._stations]
-            rates = self._chain.rates(held, limit)
-            completed = self._advance(rates, limit, flows, record, Arrivals.none(self.batch))
-            record.lost += self._in_flight
-            if completed is not None:
-                given_up = np.flatnonzero(~self._store.is_probe[: self._store.live])
-                completed = join(completed, rows(self._store, given_up, None))
-            self._empty()
-            self._observe(held, self._state.cuts, record)
+        flows: Flows = [[] for _ in self._stations]
+        rates = self._chain.rates(coming, substep_s, last_s)
+        completed = self._advance(rates, limit, flows, record, Arrivals.none(self.batch))
+        record.lost += self._in_flight
+        if completed is not None:
+            given_up = np.flatnonzero(~self._store.is_probe[: self._store.live])
+            completed = join(completed, rows(self._store, given_up, None))
+        self._empty()
+        self._observe(coming.held(), self._state.cuts, record)
         return StepResult(state=self._state, record=record, completed=completed)
+
+    def snapshot(self) -> Snapshot:
+        """Everything there is to these environments but the conditions to come."""
+        back = self._back_slot, self._back_s
+        return Snapshot(
+            time_s=self.time_s,
+            n_ref=self.n_ref.copy(),
+            completed_rps=self._completed_rps.copy(),
+            in_flight=self._in_flight.copy(),
+            measured_rate=self._measured_rate.copy(),
+            measured_age_s=self._measured_age_s.copy(),
+            probing=self._probing.copy(),
+            state=take_state(self._state, np.arange(self.batch)),
+            held=None if self._last is None else self._last.held(),
+            queued=Queued.of(self._store, self._stations, back),
+            recorded=self.record_requests,
+        )
+
+    def restore(
+        self, snapshot: Snapshot, index: I64, conditions: ConditionsSource | None = None
+    ) -> SystemState:
+        """Go on from a snapshot, of this simulator or of another of the same cost model.
+
+        With `index` 0..B-1 and the same conditions everything goes on bit by bit as it would have;
+        environments in other places of a batch do so to rounding.
+
+        Args:
+            snapshot: Where from.
+            index: Environment b takes the snapshot's environment index[b], as often as wanted.
+            conditions: Where conditions come from, from now on (and after a `reset`); the number
+                of environments may be another with them. None goes on with this simulator's own.
+
+        Raises:
+            ConfigError: No such environments, another chain, or requests that were not recorded.
+        """
+        index = np.asarray(index, dtype=np.int64)
+        if not (len(index) and 0 <= index.min() <= index.max() < snapshot.batch):
+            raise ConfigError(f"a snapshot's environments are 0..{snapshot.batch - 1}, got {index}")
+        if snapshot.queued.work.shape[0] != len(self._stations):
+            raise ConfigError("a snapshot of another chain of nodes cannot be restored here")
+        if self.record_requests and not snapshot.recorded:
+            raise ConfigError("this simulator records requests and the snapshot's did not")
+        expected = self.batch if conditions is None else len(conditions.rate_rps)
+        if len(index) != expected:
+            raise ConfigError(f"expected an index of {expected} environments, got {len(index)}")
+        self.batch = expected
+        if conditions is not None:
+            self._play(conditions)
+        self._empty()
+        self._back_slot, self._back_s = snapshot.queued.put(index, self._store, self._stations)
+        self.time_s, self.n_ref = snapshot.time_s, snapshot.n_ref.take(index)
+        self._completed_rps = snapshot.completed_rps.take(index)
+        self._in_flight = snapshot.in_flight.take(index)
+        self._probing = snapshot.probing[index]
+        self._measured_rate = snapshot.measured_rate[index]
+        self._measured_age_s = snapshot.measured_age_s[index]
+        self._state = take_state(snapshot.state, index)
+        self._last = None if snapshot.held is None else snapshot.held.take(index)
+        return self._state
 
     def _empty(self) -> None:
         """Forget every request and probe."""
@@ -218,7 +303,7 @@ class Simulator:
         record.arrived = count
         room = self.model.scenario.max_in_flight - self._in_flight
         refused = None
-        if np.any(count > room):
+        if len(env) and np.any(count > room):
             fits = self._admitted(env, offset, count, room)
             if self.record_requests:
                 refused = refused_rows(env[~fits], self.time_s + offset[~fits], cuts)

@@ -1,176 +1,18 @@
 """The simulator against a plain event-by-event one, and the laws its records must obey."""
 
-import heapq
-from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
 import pytest
+from event_simulation import Item, Reference, overlap, union
+from toy_chain import SPEC, constant_scenario, random_cuts, toy_profile, toy_scenario
 
 from env._accounting import MEASURED_BYTES
-from env._chain import REPLY_RATE_FLOOR
 from env.conditions import Conditions
 from env.cost import Cost, IntervalRecord
 from env.predict import CostModel
-from env.scenario import HopSetup, NodeSetup, Process, Scenario
 from env.simulator import DRAIN_DEADLINES, Simulator
 from executor.errors import ConfigError
-from executor.plan import ModelSpec
-from executor.profile import HopModel, NodePower, NodeProfile, Profile
-
-SPEC = ModelSpec(
-    name="toy",
-    unit_names=("a", "b", "c", "d", "e", "f"),
-    cut_bytes=(600_000, 900_000, 200_000, 120_000, 40_000, 9_000, 4_000),
-    has_params=(True, False, True, True, True, True),
-    head_start=4,
-    static_plan=(2, 4),
-)
-
-
-def toy_profile(n_nodes):
-    ratios = (12.0, 3.0, 1.0, 0.5)[:n_nodes]
-    unit = np.array([4.0, 0.0, 6.0, 3.0, 8.0, 2.0]) * 1e-3
-    return Profile(
-        spec=SPEC,
-        nodes=tuple(
-            NodeProfile(
-                name=f"n{k}",
-                unit_s=tuple((unit * r).tolist()),
-                stage_overhead_s=1e-3 * r,
-                power=NodePower("d", 3.0, 2.0 + k, 0.5, "test"),
-                meter="none",
-            )
-            for k, r in enumerate(ratios)
-        ),
-        hops=tuple(HopModel(4e6, 0.008, 5e-4 * (h + 1)) for h in range(n_nodes - 1)),
-    )
-
-
-def toy_scenario(n_nodes, outage_mbps=0.0, **changes):
-    def load(k):
-        return Process("markov", (0.0, 0.3 + 0.2 * k), dwell_s=3.0, sigma=0.05, log=False)
-
-    hop = Process(
-        "markov",
-        (2.0, 12.0, 60.0),
-        dwell_s=3.0,
-        sigma=0.3,
-        outage_per_s=0.15,
-        outage_value=outage_mbps,
-    )
-    scenario = Scenario(
-        nodes=tuple(NodeSetup(f"n{k}", "pi4", load=load(k)) for k in range(n_nodes)),
-        hops=tuple(HopSetup(hop, 0.004 * (1 + 5 * h)) for h in range(n_nodes - 1)),
-        arrivals=Process("markov", (0.4, 2.0), dwell_s=4.0),
-        rate_rps=6.0,
-        max_in_flight=20,
-    )
-    return scenario.replace(**changes)
-
-
-def constant_scenario(mbps=8.0, load=0.0, **changes):
-    calm = Process(levels=(load,), log=False)
-    hops = [HopSetup(Process(levels=(mbps,)), delay) for delay in (0.01, 0.02)]
-    return Scenario(
-        nodes=tuple(NodeSetup(f"n{k}", "pi4", load=calm) for k in range(3)), hops=tuple(hops)
-    ).replace(**changes)
-
-
-def random_cuts(rng, batch, n_hops):
-    return np.sort(rng.integers(0, SPEC.n_units + 1, (batch, n_hops)), axis=1)
-
-
-@dataclass
-class Item:
-    """A request or probe of the reference simulation."""
-
-    arrival_s: float
-    route: list  # (station, work, seconds until the next station after service)
-    back: list = field(default_factory=list)  # hops the output returns over
-    service: dict = field(default_factory=dict)  # station -> (arrive, start, end)
-    completion_s: float = float("nan")
-
-
-class Reference:
-    """One environment, event by event; rates are lists of (start time, rate), held at the end."""
-
-    def __init__(self, profile, scenario, rates, substep_s):
-        self.profile, self.scenario = profile, scenario
-        self.rates, self.substep_s = rates, substep_s
-
-    def rate(self, station, t):
-        series = self.rates[station]
-        return series[min(int(t / self.substep_s + 1e-12), len(series) - 1)]
-
-    def finish(self, station, start, work):
-        series, t = self.rates[station], start
-        while t < float("inf"):
-            k = int(t / self.substep_s + 1e-12)
-            if k >= len(series) - 1:
-                return t + work / series[-1] if series[-1] > 0 else float("inf")
-            rate, end = series[k], (k + 1) * self.substep_s
-            if rate * (end - t) >= work:
-                return t + work / rate
-            work -= rate * (end - t)
-            t = end
-        return t
-
-    def work_done(self, station, a, b):
-        """Work the station can do from a to b; 0 if b <= a."""
-        series, total = self.rates[station], 0.0
-        for k, rate in enumerate(series):
-            start = k * self.substep_s
-            end = start + self.substep_s if k < len(series) - 1 else float("inf")
-            if a < end and b > start and rate > 0:
-                total += rate * max(0.0, min(b, end) - max(a, start))
-        return total
-
-    def request(self, arrival_s, cuts):
-        n, profile = SPEC.n_units, self.profile
-        bounds = [0, *cuts, n]
-        route, back = [], []
-        for k in range(profile.n_nodes):
-            if bounds[k + 1] > bounds[k]:
-                seconds = sum(profile.nodes[k].unit_s[bounds[k] : bounds[k + 1]])
-                route.append((2 * k, seconds + profile.nodes[k].stage_overhead_s, 0.0))
-            if k < len(cuts) and cuts[k] < n:
-                lag = self.scenario.hops[k].one_way_delay_s + profile.hops[k].frame_overhead_s
-                route.append((2 * k + 1, float(SPEC.cut_bytes[cuts[k]]), lag))
-                back.append(k)
-        return Item(arrival_s, route, back)
-
-    def run(self, items):
-        free = dict.fromkeys(range(len(self.rates)), 0.0)
-        heap = [(item.arrival_s, i, 0, item) for i, item in enumerate(items)]
-        heapq.heapify(heap)
-        while heap:
-            t, i, step, item = heapq.heappop(heap)
-            if step == len(item.route):
-                item.completion_s = t + sum(
-                    self.scenario.hops[h].one_way_delay_s
-                    + SPEC.cut_bytes[-1] / max(self.rate(2 * h + 1, t), REPLY_RATE_FLOOR)
-                    for h in item.back
-                )
-                continue
-            station, work, lag = item.route[step]
-            start = max(t, free[station])
-            end = free[station] = self.finish(station, start, work)
-            item.service[station] = (t, start, end)
-            if end < float("inf"):
-                heapq.heappush(heap, (end + lag, i, step + 1, item))
-
-
-def overlap(a, b, t0, t1):
-    return max(0.0, min(b, t1) - max(a, t0))
-
-
-def union(spans):
-    total, reached = 0.0, -1.0
-    for a, b in sorted(spans):
-        total += max(0.0, b - max(a, reached))
-        reached = max(reached, b)
-    return total
 
 
 def rollout(n_nodes, seed, interval_s, steps, batch=4, probing=False, hold=4):

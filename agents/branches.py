@@ -1,0 +1,123 @@
+"""What branches of an environment cost under a known future, exactly: the simulator, many times."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from env.conditions import IntervalConditions
+from env.cost import Cost
+from env.predict import CostModel
+from env.simulator import DRAIN_DEADLINES, Simulator, Snapshot
+from env.tape import Tape
+
+if TYPE_CHECKING:
+    from env.system import StepResult
+
+__all__ = ["Branches"]
+
+F64 = NDArray[np.float64]
+I64 = NDArray[np.int64]
+
+AHEAD_INTERVALS = 8  # a run-out sees so many intervals' conditions; then the last is held
+CHUNK = 4096  # branches simulated at once: their arrays stay in the processor's cache
+
+
+class Branches:
+    """Exact costs of branches under a tape's future.
+
+    Args:
+        model: The system's cost model.
+        tape: T intervals of B environments.
+    """
+
+    def __init__(self, model: CostModel, tape: Tape) -> None:
+        self.model, self.tape = model, tape
+        self._cost = Cost(model.profile, model.references, model.scenario)
+        self._simulator = Simulator(model, tape.batch, 0, conditions=tape.play())
+        run_out_s = DRAIN_DEADLINES * model.references.deadline_s
+        ahead = min(AHEAD_INTERVALS, int(run_out_s / model.scenario.interval_s - 1e-9))
+        last = tape.intervals[-1].held()
+        self._after = [
+            IntervalConditions.joined(tape.intervals[t : t + ahead] or (last,))
+            for t in range(1, len(tape) + 1)
+        ]
+        self._start = self._simulator.snapshot()
+
+    def start(self, owner: I64) -> Snapshot:
+        """The beginning, for branches with the conditions of environments `owner`."""
+        self._simulator.restore(self._start, owner, self.tape.play(owner))
+        return self._simulator.snapshot()
+
+    def step(
+        self, snapshot: Snapshot, parent: I64, owner: I64, t: int, cuts: I64
+    ) -> tuple[Snapshot, F64]:
+        """Interval t of the branches: where they are then, and its cost.
+
+        Args:
+            snapshot: Where they come from.
+            parent: [n] environment of the snapshot that each goes on from.
+            owner: [n] whose conditions each has: environment of the tape.
+            t: The interval.
+            cuts: [n, H].
+        """
+        simulator = self._simulator
+        simulator.restore(snapshot, parent, self.tape.play(owner, t))
+        spent = self._charge(simulator.step(cuts))
+        return simulator.snapshot(), spent
+
+    def spend(
+        self, snapshot: Snapshot, parent: I64, owner: I64, t: int, cuts: Sequence[I64]
+    ) -> tuple[F64, F64]:
+        """As `step` over several intervals, from t on, without a snapshot but with a run-out.
+
+        Args:
+            snapshot: As in `step`.
+            parent: As in `step`.
+            owner: As in `step`.
+            t: The first interval.
+            cuts: [n, H] of each interval.
+
+        Returns:
+            Costs [n] of the intervals, and of running out what is open after them.
+        """
+        n, simulator = len(parent), self._simulator
+        spent, open_ = np.zeros(n), np.zeros(n)
+        after = self._after[t + len(cuts) - 1]
+        for i in range(0, n, CHUNK):
+            part = slice(i, min(n, i + CHUNK))
+            simulator.restore(snapshot, parent[part], self.tape.play(owner[part], t))
+            for plans in cuts:
+                spent[part] += self._charge(simulator.step(plans[part]))
+            open_[part] = self._charge(simulator.run_out(after.take(owner[part])))
+        return spent, open_
+
+    def open_cost(self, snapshot: Snapshot, owner: I64) -> F64:
+        """Cost of running out what is open after the last interval; as `spend`'s second."""
+        simulator = self._simulator
+        simulator.restore(snapshot, np.arange(snapshot.batch), self.tape.play(owner))
+        return self._charge(simulator.run_out(self._after[-1].take(owner)))
+
+    def total(self, cuts: I64, startup: int, probes: F64 | None = None) -> F64:
+        """Cost [B] from interval `startup` on, what is open at the end included.
+
+        Args:
+            cuts: [T, B, H] of every interval.
+            startup: The first interval that counts.
+            probes: [T, B, H] bytes, or None.
+        """
+        simulator = self._simulator
+        everybody = np.arange(self.tape.batch)
+        total = np.zeros(self.tape.batch)
+        simulator.restore(self._start, everybody, self.tape.play())
+        for t in range(len(self.tape)):
+            spent = self._charge(simulator.step(cuts[t], None if probes is None else probes[t]))
+            total += spent if t >= startup else 0.0
+        return total + self._charge(simulator.drain_completed())
+
+    def _charge(self, result: StepResult) -> F64:
+        record = result.record
+        return self._cost(record, np.ones(len(record.arrived)))

@@ -1,0 +1,133 @@
+"""The whole state of a batch of environments between two intervals, kept so as to go on from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+from env._stations import RequestStore, Station
+from env.conditions import IntervalConditions
+from env.state import SystemState
+
+__all__ = ["Queued", "Snapshot", "take_state"]
+
+F64 = NDArray[np.float64]
+I64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Queued:
+    """The R open requests and probes of B environments, by environment.
+
+    Attributes:
+        count: [B] of each environment.
+        arrival_s, is_probe: [R] as in `RequestStore`.
+        work: [S, R] likewise.
+        cuts, wall_s: [R, H] and [S, R] likewise; empty where they are not recorded.
+        place: [R] the station each is at, or -1: its output is on its way back.
+        due_s: [R] when it is (or was) there, or back at the edge; from the interval's end.
+        served, start_s: [S, B] what each station keeps of the request in service.
+    """
+
+    count: I64
+    arrival_s: F64
+    is_probe: NDArray[np.bool_]
+    work: F64
+    cuts: I64
+    wall_s: F64
+    place: I64
+    due_s: F64
+    served: F64
+    start_s: F64
+
+    @classmethod
+    def of(cls, store: RequestStore, stations: Sequence[Station], back: tuple[I64, F64]) -> Queued:
+        """What is open now; `back` holds slots and times of outputs on their way."""
+        batch = stations[0].batch
+        contents = [station.contents() for station in stations]
+        lists = [back, *((slot, ready) for slot, ready, _, _ in contents)]
+        slot = np.concatenate([x[0] for x in lists])
+        place = np.repeat(np.arange(len(lists)) - 1, [len(x[0]) for x in lists])
+        order = np.argsort(store.env.take(slot), kind="stable")
+        slot = slot.take(order)
+        cuts, wall_s = store.cuts, store.wall_s
+        if len(cuts):
+            cuts, wall_s = cuts[slot], wall_s[:, slot]
+        return cls(
+            count=np.bincount(store.env.take(slot), minlength=batch),
+            arrival_s=store.arrival_s.take(slot),
+            is_probe=store.is_probe.take(slot),
+            work=store.work.take(slot, axis=1),
+            cuts=cuts,
+            wall_s=wall_s,
+            place=place.take(order),
+            due_s=np.concatenate([x[1] for x in lists]).take(order),
+            served=np.stack([served for _, _, served, _ in contents]),
+            start_s=np.stack([start for _, _, _, start in contents]),
+        )
+
+    def put(self, index: I64, store: RequestStore, stations: Sequence[Station]) -> tuple[I64, F64]:
+        """Fill an empty store and stations: environment b gets what index[b] has here.
+
+        Returns slots and times of the outputs on their way back.
+        """
+        count = self.count.take(index)
+        env = np.repeat(np.arange(len(index)), count)
+        first = (np.cumsum(self.count) - self.count).take(index)
+        of = np.arange(len(env)) + np.repeat(first - (np.cumsum(count) - count), count)
+        new = store.extend(len(env))
+        store.env[new] = env
+        store.arrival_s[new] = self.arrival_s.take(of)
+        store.is_probe[new] = self.is_probe.take(of)
+        for row, work in zip(store.work, self.work, strict=True):
+            row[new] = work.take(of)
+        if len(store.cuts):
+            store.cuts[new], store.wall_s[:, new] = self.cuts[of], self.wall_s[:, of]
+        place, due_s = self.place.take(of), self.due_s.take(of)
+        for s, station in enumerate(stations):
+            slot = np.flatnonzero(place == s)
+            station.put(
+                slot, due_s.take(slot), self.served[s].take(index), self.start_s[s].take(index)
+            )
+        back = np.flatnonzero(place < 0)
+        return back, due_s.take(back)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """B environments of one simulator; opaque: made and read by `env.simulator.Simulator`.
+
+    Attributes:
+        time_s: Simulation time, one for all.
+        n_ref, completed_rps, in_flight: [B].
+        measured_rate, measured_age_s, probing: [B, H].
+        state: What a controller sees.
+        held: The last conditions, for a run-out; None before the first interval.
+        queued: The open requests.
+        recorded: Whether the requests' rows are kept.
+    """
+
+    time_s: float
+    n_ref: F64
+    completed_rps: F64
+    in_flight: I64
+    measured_rate: F64
+    measured_age_s: F64
+    probing: NDArray[np.bool_]
+    state: SystemState
+    held: IntervalConditions | None
+    queued: Queued
+    recorded: bool
+
+    @property
+    def batch(self) -> int:
+        """Number of environments B."""
+        return len(self.n_ref)
+
+
+def take_state(state: SystemState, index: I64) -> SystemState:
+    """Environment b of the result is in the state of `state`'s environment index[b]."""
+    return SystemState(**{f.name: getattr(state, f.name)[index] for f in fields(state)})
