@@ -96,10 +96,14 @@ class Pipeline:
 
     def _train(self, model: CostModel) -> tuple[ResidualSolverPolicy, Checkpoint]:
         with progress(self.console) as bar:
-            task = bar.add_task("training in the simulator", total=self.training.steps, note="")
+            tasks = {
+                phase: bar.add_task(f"simulator: {phase}", total=None, note="")
+                for phase in ("hindsight", "PPO")
+            }
 
-            def report(steps: int, best: float) -> None:
-                bar.update(task, completed=steps, note=f"cost {best:.3f} x the solver's")
+            def report(phase: str, done: int, total: int, best: float) -> None:
+                note = f"cost {best:.3f} x the solver's" if best < float("inf") else ""
+                bar.update(tasks[phase], completed=done, total=total, note=note)
 
             result = train_policy(model, self.training, self.log_dir, report)
         self._ppo = result.ppo

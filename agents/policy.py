@@ -133,6 +133,12 @@ class ResidualSolverPolicy(ActorCriticPolicy):
         copied.load_state_dict(self.state_dict())
         return copied
 
+    def actor_parameters(self) -> list[nn.Parameter]:
+        """The parameters that decide; the critic's are the others."""
+        trunk = self.mlp_extractor.pi
+        assert isinstance(trunk, nn.Module)
+        return [*trunk.parameters(), *self.action_net.parameters()]
+
     def _build_mlp_extractor(self) -> None:
         self.mlp_extractor = _Trunk(  # type: ignore[assignment]  # same interface, other inside
             self.features_dim, len(self._demand), self._width

@@ -1,10 +1,10 @@
-"""PPO in the calibrated simulator: the curriculum, the validation, the chosen checkpoint."""
+"""Training in the calibrated simulator: lessons in hindsight, then PPO; the best is kept."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import HParam
 
 from agents.controllers import Controller, Solver
+from agents.hindsight import HindsightSettings, learn_from_hindsight
 from agents.policy import ResidualSolverPolicy, export_arrays, policy_kwargs
 from agents.runtime import Checkpoint, PolicyController
 from env.cost import Cost
@@ -27,14 +28,17 @@ from env.vector import SimulatorVecEnv
 __all__ = ["TrainingResult", "TrainingSettings", "mean_cost", "train_policy"]
 
 VALIDATION_SEED = 7_000_000
+# (phase, done, total, best cost ratio to the solver so far)
+Report = Callable[[str, int, int, float], None]
 F64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How PPO is run.
+    """How the policy is trained.
 
     Attributes:
+        hindsight: What is learned in hindsight before PPO.
         steps: Environment steps in all.
         n_envs: Simulated environments side by side.
         copies: Neighbouring environments that share their conditions (`GroupBaselineBuffer`).
@@ -54,6 +58,7 @@ class TrainingSettings:
         threads: Torch threads of the updates (1.2 x faster with 2 than with 1 on 2 cores).
     """
 
+    hindsight: HindsightSettings = field(default_factory=HindsightSettings)
     steps: int = 1_500_000
     n_envs: int = 256
     copies: int = 8
@@ -81,7 +86,7 @@ class TrainingResult:
         ppo: The SB3 model holding the chosen weights.
         checkpoint: The same for the runtime.
         validation: (steps, cost ratio to the solver) of each validation.
-        steps_per_s: Environment steps per second, updates included.
+        steps_per_s: PPO's environment steps per second, updates included.
     """
 
     ppo: PPO
@@ -138,7 +143,7 @@ class _Validation(BaseCallback):
         self,
         model: CostModel,
         settings: TrainingSettings,
-        report: Callable[[int, float], None],
+        report: Report,
     ) -> None:
         super().__init__()
         self.cost_model, self.settings, self.report = model, settings, report
@@ -182,7 +187,7 @@ class _Validation(BaseCallback):
         if self.num_timesteps >= self._next:
             self._next = self.num_timesteps + self.settings.validate_every
             self.validate()
-        self.report(self.num_timesteps, self.best)
+        self.report("PPO", self.num_timesteps, self.settings.steps, self.best)
 
     def _on_step(self) -> bool:
         return True
@@ -205,7 +210,7 @@ def train_policy(
     model: CostModel,
     settings: TrainingSettings,
     log_dir: Path | None = None,
-    report: Callable[[int, float], None] = lambda steps, best: None,
+    report: Report = lambda phase, done, total, best: None,
 ) -> TrainingResult:
     """Train the residual policy and return the weights that validated best.
 
@@ -213,9 +218,9 @@ def train_policy(
         model: Profile, scenario, candidates and references.
         settings: How PPO is run.
         log_dir: Where TensorBoard's files go; None writes none.
-        report: Called after every rollout with (steps, best cost ratio to the solver so far).
+        report: Called after every round and every rollout with the phase's name, how much of it is
+            done, how much there is, and the best cost ratio to the solver so far.
     """
-    torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     env = SimulatorVecEnv(
         model,
@@ -248,9 +253,21 @@ def train_policy(
     )
     validation = _Validation(model, settings, report)
     started = time.monotonic()
+    torch.set_num_threads(1)  # the lessons' batches are too small for two
+    assert isinstance(ppo.policy, ResidualSolverPolicy)
+    learn_from_hindsight(
+        ppo.policy,
+        model,
+        settings.rates,
+        settings.seed,
+        settings.hindsight,
+        lambda done: report("hindsight", done, settings.hindsight.rounds, float("inf")),
+    )
+    torch.set_num_threads(settings.threads)
+    ppo_started = time.monotonic()
     ppo.learn(settings.steps, callback=validation, tb_log_name="simulator")
     validation.validate()
-    elapsed = time.monotonic() - started
+    ended = time.monotonic()
     torch.set_num_threads(1)
     ppo.policy.load_state_dict(validation.best_weights)
     policy = ppo.policy
@@ -259,7 +276,7 @@ def train_policy(
         "training": {
             **asdict(settings),
             "steps_done": ppo.num_timesteps,
-            "seconds": round(elapsed, 1),
+            "seconds": round(ended - started, 1),
             "validation_cost_ratio_to_solver": validation.best,
         }
     }
@@ -268,5 +285,5 @@ def train_policy(
         ppo=ppo,
         checkpoint=to_checkpoint(model, policy, metadata),
         validation=validation.history,
-        steps_per_s=ppo.num_timesteps / elapsed,
+        steps_per_s=ppo.num_timesteps / (ended - ppo_started),
     )
