@@ -99,6 +99,19 @@ class FairQueue:
                 del self._clients[client]
             return job
 
+    def discard(self, client: bytes, seq: int) -> None:
+        """Take a request's job out, if it still queues."""
+        with self._ready:
+            jobs = self._clients.get(client)
+            if jobs is None:
+                return
+            kept = collections.deque(job for job in jobs if job.header.seq != seq)
+            self._length -= len(jobs) - len(kept)
+            if kept:
+                self._clients[client] = kept
+            else:
+                del self._clients[client]
+
     def close(self) -> None:
         """Forget what is queued and let `get` return None."""
         with self._ready:

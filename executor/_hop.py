@@ -19,6 +19,7 @@ from executor.wire import Header, HopStamp, Kind, StageStamp, array_body, pack
 __all__ = ["Hop", "Parts", "ProbeRun", "localise"]
 
 Parts = list[bytes | memoryview]
+Key = tuple[bytes, int, int]
 
 _PING_PERIOD_S = 0.5
 _FIRST_PINGS = 8
@@ -26,6 +27,8 @@ _FIRST_PING_PERIOD_S = 0.05
 _PING_LOST_S = 1.0
 _MAX_OUTBOX = 1024
 _PROBE_LOST_S = 60.0
+_STUCK_S = 4.0
+_SLOWEST_BYTES_PER_S = 5000.0
 
 
 @dataclass(slots=True)
@@ -44,19 +47,26 @@ class Hop:
     """What a node (or the client) knows of the hop to its next neighbour.
 
     Attributes:
+        target: The neighbour's place in the chain.
+        connected: Whether the owner's socket is connected to it; None as long as that is not known.
         outbox: Messages to send, oldest first; the owner takes them out.
+        lost: Requests found lost on the way, as (client, seq, try); the owner takes them out.
         rate: Passive bandwidth estimate from acknowledged frames.
         clock: Offset of the neighbour's clock to ours, and the least round trip.
     """
 
-    def __init__(self, own_id: bytes) -> None:
+    def __init__(self, own_id: bytes, target: int = 0) -> None:
         """Start with nothing known; `own_id` (16 bytes) marks this sender's own pings."""
+        self.target = target
+        self.connected: bool | None = None
         self.outbox: collections.deque[Parts] = collections.deque()
+        self.lost: list[Key] = []
         self.rate = PassiveEstimator()
         self.clock = ClockOffset()
         self._own_id = own_id
         self._seq = 0
-        self._unacked: collections.deque[tuple[bytes, int, int, float]] = collections.deque()
+        self._unacked: collections.deque[tuple[Key, int, float]] = collections.deque()
+        self._moved_s = float("-inf")
         self._ping_seq = -1
         self._ping_sent_s = float("-inf")
         self._pings = 0
@@ -71,7 +81,7 @@ class Hop:
     @property
     def backlog_frames(self) -> int:
         """Requests handed to the hop and not acknowledged."""
-        return sum(1 for entry in self._unacked if entry[2])
+        return sum(1 for _, n_bytes, _ in self._unacked if n_bytes)
 
     @property
     def one_way_s(self) -> float:
@@ -81,7 +91,7 @@ class Hop:
     def send(self, header: Header, body: memoryview | None, now_s: float) -> None:
         """Queue a request or ping, and count it until it is acknowledged."""
         self._put(header, body)
-        self._unacked.append((header.client, header.seq, header.body_bytes, now_s))
+        self._unacked.append((_key(header), header.body_bytes, now_s))
         self.rate.on_sent(header.body_bytes, now_s)
 
     def forward(self, header: Header, body: memoryview | None) -> None:
@@ -99,19 +109,19 @@ class Hop:
     def on_ack(self, header: Header, now_s: float) -> None:
         """Take an ACK or PONG: the neighbour has the frame, and all frames before it.
 
-        Those before it that were never acknowledged were lost with a connection.
+        Those before it that were never acknowledged were lost, with a connection or damaged.
         """
-        key = (header.client, header.seq)
-        position = next((i for i, e in enumerate(self._unacked) if e[:2] == key), None)
+        key = _key(header)
+        position = next((i for i, e in enumerate(self._unacked) if e[0] == key), None)
         if position is None:
             return
         if position > 0:
-            for _ in range(position):
-                self._unacked.popleft()
+            self.lost += [self._unacked.popleft()[0] for _ in range(position)]
             self.rate.on_lost()
-            for _, _, n_bytes, sent_s in self._unacked:
+            for _, n_bytes, sent_s in self._unacked:
                 self.rate.on_sent(n_bytes, sent_s)
         self._unacked.popleft()
+        self._moved_s = now_s
         self.rate.on_ack(self.clock.to_local(header.clock_s[1]), now_s)
 
     def on_pong(self, header: Header, now_s: float) -> ProbeRun | None:
@@ -137,6 +147,35 @@ class Hop:
         self._probes.append(run)
         if self._probe is None:
             self._next_probe(now_s)
+
+    def stalled_s(self, now_s: float) -> float:
+        """For how long nothing has got across while something waits for its acknowledgement."""
+        return now_s - max(self._unacked[0][2], self._moved_s) if self._unacked else 0.0
+
+    def is_stuck(self, now_s: float) -> bool:
+        """Whether the connection is beyond hope: slower than any hop this is meant for.
+
+        A damaged length makes the receiver wait for bytes that never come, while heartbeats still
+        come back; only a new connection helps.
+        """
+        hopeless_s = _STUCK_S + self.backlog_bytes / _SLOWEST_BYTES_PER_S
+        return self.stalled_s(now_s) > hopeless_s
+
+    def on_disconnected(self) -> list[ProbeRun]:
+        """Forget what was under way, all of it lost; returns the probes that end with it."""
+        self.connected = False
+        self.outbox.clear()
+        self._unacked.clear()
+        self.rate.on_lost()
+        ended = [*([self._probe] if self._probe else []), *self._probes]
+        self._probe = None
+        self._probes.clear()
+        return ended
+
+    def on_connected(self) -> None:
+        """Ping at once: the neighbour may be another process, which tells only those it knows."""
+        self.connected = True
+        self._pings, self._ping_seq, self._ping_sent_s = 0, -1, float("-inf")
 
     def due_s(self) -> float:
         """When the next ping is due, if the outbox is empty then."""
@@ -175,6 +214,10 @@ class Hop:
         body = None if payload is None else array_body(header, payload)
         self.send(header, body, now_s)
         return self._seq
+
+
+def _key(header: Header) -> Key:
+    return header.client, header.seq, header.tries
 
 
 def localise(header: Header, hop: int, offset_s: float, one_way_s: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 
 import zmq
@@ -13,12 +14,16 @@ from executor.cluster import Cluster, NodeConfig
 from executor.errors import ConfigError
 from executor.wire import MAX_BODY_BYTES
 
-__all__ = ["authenticate", "bind_router", "connect_dealer"]
+__all__ = ["authenticate", "bind_router", "connect_dealer", "link_changes", "watch_link"]
 
 _log = logging.getLogger(__name__)
 
 # Kernel buffers hide a slow hop's backlog from its sender; they are kept small on purpose.
 _BUFFER_BYTES = 64 * 1024
+# A peer from which nothing came for this long is dialled anew: its stream may be out of step.
+_HEARTBEAT_MS = 1000
+_HEARTBEAT_TIMEOUT_MS = 3000
+_LINK_EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 # Messages ZeroMQ may hold towards a peer. Down the chain the node's own outbox does the queueing,
 # where it can be seen and bounded; up the chain there are only small replies.
 _DOWN_HWM = 2
@@ -74,7 +79,9 @@ def connect_dealer(
         socket.set(zmq.RCVHWM, _UP_HWM)
         socket.set(zmq.MAXMSGSIZE, MAX_BODY_BYTES)
         socket.set(zmq.RECONNECT_IVL, 50)
-        socket.set(zmq.RECONNECT_IVL_MAX, 1000)
+        socket.set(zmq.RECONNECT_IVL_MAX, 400)
+        socket.set(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
+        socket.set(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS)
         if cluster.keys_dir is not None:
             keys = Path(cluster.keys_dir)
             _set_own_keys(socket, keys, own_name)
@@ -87,6 +94,27 @@ def connect_dealer(
         socket.close(0)
         raise
     return socket
+
+
+def watch_link(dealer: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
+    """A socket that tells when a dealer's connection is made or broken, for `link_changes`.
+
+    Before the dealer is closed: `dealer.disable_monitor()`, then close this one.
+    """
+    monitor: zmq.Socket[bytes] = dealer.get_monitor_socket(_LINK_EVENTS)
+    monitor.linger = 0
+    return monitor
+
+
+def link_changes(monitor: zmq.Socket[bytes]) -> list[bool]:
+    """What has happened to the connection since the last call: made (true), broken (false)."""
+    changes: list[bool] = []
+    while True:
+        try:
+            event, _ = monitor.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return changes
+        changes.append(int.from_bytes(event[:2], sys.byteorder) == zmq.EVENT_HANDSHAKE_SUCCEEDED)
 
 
 def authenticate(

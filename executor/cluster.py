@@ -16,7 +16,15 @@
     device = "server"
     connect = "192.168.1.20:5551"    # what the node before it dials; host:port unless given
 
-The nodes stand in the order of the chain. Off loopback a node wants CURVE keys (`keys_dir`, with
+The nodes stand in the order of the chain. A request whose plan leaves the nodes between empty can
+go past them, when one of them is down, over a direct link:
+
+    [[direct]]
+    from = "edge"
+    to = "cloud"
+    connect = "203.0.113.7:5552"     # what `from` dials; the host and port of `to` unless given
+
+Off loopback a node wants CURVE keys (`keys_dir`, with
 `NAME.key` and `NAME.key_secret` per node and for the client, as written by
 `zmq.auth.create_certificates`) or the explicit `--insecure`.
 """
@@ -27,7 +35,7 @@ import ipaddress
 import json
 import re
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +46,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["CLIENT_KEY_NAME", "Cluster", "NodeConfig", "is_loopback"]
+__all__ = ["CLIENT_KEY_NAME", "Cluster", "DirectLink", "NodeConfig", "is_loopback"]
 
 CLIENT_KEY_NAME = "client"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -113,6 +121,23 @@ class NodeConfig:
 
 
 @dataclass(frozen=True)
+class DirectLink:
+    """A link past the nodes between two nodes of the chain.
+
+    Attributes:
+        source: Name of the node that dials.
+        target: Name of the node that is dialled, at least two places further on.
+        connect_host: Address to dial; the target's `host` unless given.
+        connect_port: Port to dial; the target's `port` unless given.
+    """
+
+    source: str
+    target: str
+    connect_host: str = ""
+    connect_port: int = 0
+
+
+@dataclass(frozen=True)
 class Cluster:
     """The chain of nodes and the model they run.
 
@@ -123,6 +148,7 @@ class Cluster:
         max_queue: Requests a node queues before it refuses.
         threads: Torch threads per node; None takes torch's own choice (the testbed uses 1).
         keys_dir: Folder of CURVE certificates; None means plain TCP.
+        direct: Links past nodes, at most one from each node.
     """
 
     model: str
@@ -131,6 +157,7 @@ class Cluster:
     max_queue: int = 64
     threads: int | None = None
     keys_dir: str | None = None
+    direct: tuple[DirectLink, ...] = ()
 
     def __post_init__(self) -> None:
         for field in ("model", "weights"):
@@ -148,11 +175,33 @@ class Cluster:
             raise ConfigError(f"cluster: threads must be a positive count, got {self.threads}")
         if self.keys_dir is not None and not isinstance(self.keys_dir, str):
             raise ConfigError(f"cluster: keys_dir must be a folder's path, got {self.keys_dir!r}")
+        for link in self.direct:
+            if self.index(link.target) < self.index(link.source) + 2:
+                raise ConfigError(
+                    f"cluster: a direct link leads past at least one node of the chain, got "
+                    f"{link.source} to {link.target}"
+                )
+        if len(self.direct_links) != len(self.direct):
+            raise ConfigError("cluster: at most one direct link may start at each node")
 
     @property
     def n_nodes(self) -> int:
         """Number of nodes N."""
         return len(self.nodes)
+
+    @property
+    def direct_links(self) -> dict[int, int]:
+        """The direct links by index, from node -> to node."""
+        return {self.index(link.source): self.index(link.target) for link in self.direct}
+
+    def direct_target(self, node: int) -> NodeConfig | None:
+        """Whom node `node` dials directly, as it must be dialled; None without such a link."""
+        for link in self.direct:
+            if self.index(link.source) == node:
+                far = self.nodes[self.index(link.target)]
+                host, port = link.connect_host or far.host, link.connect_port or far.port
+                return replace(far, connect_host=host, connect_port=port)
+        return None
 
     def index(self, name: str) -> int:
         """Position of node `name` in the chain.
@@ -199,6 +248,9 @@ class Cluster:
         nodes = raw.pop("nodes", None)
         if not isinstance(nodes, list) or not all(isinstance(node, dict) for node in nodes):
             raise ConfigError(f"{where}: expected [[nodes]] tables")
+        direct = raw.pop("direct", [])
+        if not isinstance(direct, list) or not all(isinstance(link, dict) for link in direct):
+            raise ConfigError(f"{where}: direct links are [[direct]] tables")
         raw.setdefault("weights", "none")
         if "model" not in raw:
             raise ConfigError(f'{where}: expected a top-level model = "..."')
@@ -208,7 +260,8 @@ class Cluster:
             if isinstance(raw["weights"], str) and raw["weights"] not in ("none", "DEFAULT"):
                 raw["weights"] = str((base / raw["weights"]).absolute())
         try:
-            return cls(nodes=tuple(_node(node) for node in nodes), **raw)
+            links = tuple(_direct(link) for link in direct)
+            return cls(nodes=tuple(_node(node) for node in nodes), direct=links, **raw)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from error
 
@@ -241,6 +294,12 @@ class Cluster:
             if (node.connect_host, node.connect_port) != (node.host, node.port):
                 connect = f"{_bracket(node.connect_host)}:{node.connect_port}"
                 lines.append(f"connect = {_quote(connect)}")
+        for link in self.direct:
+            lines += ["", "[[direct]]", f"from = {_quote(link.source)}"]
+            lines.append(f"to = {_quote(link.target)}")
+            if link.connect_host:
+                connect = f"{_bracket(link.connect_host)}:{link.connect_port}"
+                lines.append(f"connect = {_quote(connect)}")
         return "\n".join(lines) + "\n"
 
 
@@ -265,11 +324,26 @@ def _node(raw: dict[str, Any]) -> NodeConfig:
     raw = dict(raw)
     connect = raw.pop("connect", None)
     if connect is not None:
-        match = re.fullmatch(r"\[?([^\]\s]+?)\]?:(\d{1,5})", str(connect))
-        if not match:
-            raise ConfigError(f'{where}: connect must be "host:port", got {connect!r}')
-        raw["connect_host"], raw["connect_port"] = match[1], int(match[2])
+        raw["connect_host"], raw["connect_port"] = _host_port(connect, where)
     return NodeConfig(**raw)
+
+
+def _direct(raw: dict[str, Any]) -> DirectLink:
+    """Build a direct link from its TOML table."""
+    where = f"direct link from {raw.get('from', '?')}"
+    _known(raw, {"from", "to", "connect"}, where)
+    for key in ("from", "to"):
+        if not isinstance(raw.get(key), str):
+            raise ConfigError(f"{where}: {key} must be a node's name, got {raw.get(key)!r}")
+    host, port = _host_port(raw["connect"], where) if "connect" in raw else ("", 0)
+    return DirectLink(raw["from"], raw["to"], host, port)
+
+
+def _host_port(value: object, where: str) -> tuple[str, int]:
+    match = re.fullmatch(r"\[?([^\]\s]+?)\]?:(\d{1,5})", str(value))
+    if not match or not 0 < int(match[2]) <= 65535:
+        raise ConfigError(f'{where}: connect must be "host:port", got {value!r}')
+    return match[1], int(match[2])
 
 
 def _known(raw: dict[str, Any], known: set[str], where: str) -> None:

@@ -21,6 +21,7 @@ from executor.wire import (
     Kind,
     StageStamp,
     array_body,
+    attach,
     decode_json,
     encode_json,
     pack,
@@ -219,7 +220,12 @@ def test_a_failed_stage_is_answered():
     node.on_upstream(b"up", [pack(header), body], 0.0)
     node.on_outcome(Outcome(queue.get(), 0.0, 1.0, error="ValueError: no"), 1.0)
     answer = decode_json(parse(node.up[-1][1]).body)
-    assert answer == {"code": "failed", "reason": "node n2: ValueError: no", "node": 2}
+    assert answer == {
+        "code": "failed",
+        "reason": "node n2: ValueError: no",
+        "node": 2,
+        "to": 2,
+    }
 
 
 def test_frames_from_the_wrong_side_are_counted_and_dropped():
@@ -250,8 +256,7 @@ def test_status_goes_to_whoever_talks_and_stops_when_they_leave():
     assert values["node"] == 1 and values["meter"] == "constant-12W"
     node.up.clear()
     status = Header(Kind.STATUS)
-    body = encode_json({"node": 2})
-    status.body_bytes = len(body)
+    body = attach(status, encode_json({"node": 2}))
     node.on_downstream([pack(status), body], 0.15)
     assert kinds(node) == [Kind.STATUS]
     node.tick(40.0)
