@@ -161,8 +161,11 @@ class PolicyController:
         self._history = self._encoder.new_history(batch)
 
     def decide(self, state: SystemState, last: StepResult | None = None) -> Decision:
-        """The plan of highest logit per environment."""
+        """Of the plans that can be served, that of highest logit per environment."""
         self._history = self._encoder.push(self._history, state)
         logits = self.network.logits(self._encoder.observe(self._history, state))
+        usable = self._model.usable(state)
+        if usable is not None:
+            logits = np.where(usable, logits, -np.inf)
         best = logits.argmax(axis=1)
         return Decision(self._model.table.cuts[best], idle_probes(state, self._model.scenario))

@@ -178,7 +178,9 @@ class Hop:
         self._pings, self._ping_seq, self._ping_sent_s = 0, -1, float("-inf")
 
     def due_s(self) -> float:
-        """When the next ping is due, if the outbox is empty then."""
+        """When the next ping is due, if the outbox is empty then; never while disconnected."""
+        if self.connected is False:
+            return float("inf")
         if self._ping_seq >= 0:
             # Late behind a backlog, or lost with a connection: the node may be back by now.
             return self._ping_sent_s + _PING_LOST_S

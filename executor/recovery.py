@@ -127,6 +127,7 @@ class _Node:
     """What is known of a node; usable only while `boot` is the `accepted` one."""
 
     heard_s: float = -math.inf
+    silent: bool = True
     boot: str = ""
     accepted: str = ""
     refused: str = ""
@@ -233,7 +234,7 @@ class Recovery:
             now_s: Now.
         """
         state = self._nodes[node]
-        state.heard_s, state.stalled_s = now_s, stalled_s
+        state.heard_s, state.silent, state.stalled_s = now_s, False, stalled_s
         if boot != state.boot:
             state.boot = boot
             self._broken = {link for link in self._broken if link[0] != node}
@@ -254,7 +255,7 @@ class Recovery:
                 state.accepted = ""
         else:
             state.accepted = state.boot = boot
-            state.heard_s = now_s
+            state.heard_s, state.silent = now_s, False
         return self._update(now_s)
 
     def link(self, up: bool, now_s: float) -> list[Instruction]:
@@ -262,7 +263,8 @@ class Recovery:
         if up == self._first_link:
             return []
         self._first_link = up
-        self._nodes[0].heard_s = -math.inf  # it counts as up once it is heard again
+        self._nodes[0].silent = True  # it counts as up once it is heard again
+        self._nodes[0].heard_s = -math.inf
         if not up:
             self._lose_all("the connection to the first node was lost")
         return self._update(now_s)
@@ -273,7 +275,13 @@ class Recovery:
         return self._update(now_s)
 
     def tick(self, now_s: float) -> list[Instruction]:
-        """Time passed: deadlines, silence, stalls, handshakes to repeat. Call every 50 ms."""
+        """Time passed: deadlines, silence, stalls, handshakes to repeat. Call every 50 ms.
+
+        Call it when all that has come was taken in: silence is judged here alone, so that a pause
+        of the client's own process does not make every node look silent.
+        """
+        for node in self._nodes:
+            node.silent = now_s - node.heard_s > SILENT_AFTER_S
         late = [seq for seq, request in self._open.items() if now_s >= request.deadline_s]
         out: list[Instruction] = []
         for seq in late:
@@ -287,7 +295,7 @@ class Recovery:
 
     def _update(self, now_s: float) -> list[Instruction]:
         """Judge the nodes anew; send what lost its way or has found one again."""
-        self._down = self._judge(now_s)
+        self._down = self._judge()
         out: list[Instruction] = []
         for seq, request in list(self._open.items()):
             if request.plan is None:
@@ -307,12 +315,9 @@ class Recovery:
             out.append(Greet())
         return out
 
-    def _judge(self, now_s: float) -> frozenset[int]:
+    def _judge(self) -> frozenset[int]:
         """Nodes that are not heard, not accepted, or not reached through those that are."""
-        heard = [
-            bool(n.boot) and n.boot == n.accepted and now_s - n.heard_s <= SILENT_AFTER_S
-            for n in self._nodes
-        ]
+        heard = [bool(n.boot) and n.boot == n.accepted and not n.silent for n in self._nodes]
         heard[0] = heard[0] and self._first_link
         reached = [0] if heard[0] else []
         for node in reached:

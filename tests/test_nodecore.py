@@ -214,6 +214,99 @@ def test_both_bounds_refuse_with_an_error():
     assert parse(node.up[-1][1]).header.seq == 1 and node.refused == 3
 
 
+def test_a_request_that_comes_twice_is_computed_once():
+    node, queue, _ = core(1, max_queue=4)
+    header, body = infer((0, 9))
+    header.tries = 1
+    node.on_upstream(b"up", [pack(header), body], 0.0)
+    node.on_upstream(b"again", [pack(header), body], 0.1)
+    assert len(queue) == 1 and node.duplicates == 1
+    taken = queue.get()
+    # The second try wants the same stage here, and another one after it.
+    header.tries, header.cuts = 2, (0, 21)
+    node.on_upstream(b"again", [pack(header), body], 0.2)
+    assert len(queue) == 1  # units 0..21 are another stage: what runs is of no use
+    node.on_outcome(Outcome(taken, 0.0, 1.0, 1.0, np.ones(3, np.float32)), 1.0)
+    assert not node.hop.outbox
+    second = queue.get()
+    header.tries = 3
+    node.on_upstream(b"third", [pack(header), body], 1.1)
+    assert len(queue) == 0 and node.duplicates == 2
+    node.on_outcome(Outcome(second, 1.0, 2.0, 1.0, np.ones((1, 1000), np.float32)), 2.0)
+    identity, parts = node.up[-1]
+    assert identity == b"third" and parse(parts).header.tries == 3
+
+
+def test_a_broken_hop_is_told_and_what_was_on_it_is_lost():
+    node, _, _ = core(1, max_queue=4)
+    node.on_link(node.hop, True, 0.0)
+    for seq in (1, 2):
+        header, body = infer((0, 0), seq)
+        header.tries = 1
+        node.on_upstream(b"up", [pack(header), body], 0.0)
+    node.hop.outbox.clear()
+    node.up.clear()
+    # A later acknowledgement shows that the first was lost on the way.
+    ack(node.hop, infer((0, 0), 9)[0], 0.1, 0.1)
+    reply = Header(Kind.ACK, client=b"c" * 16, seq=2, tries=1, clock_s=(0.0, 0.1, 0.1))
+    node.on_downstream([pack(reply)], 0.1)
+    (lost,) = (parse(parts) for _, parts in node.up)
+    assert (lost.header.seq, decode_json(lost.body)["code"]) == (1, "lost")
+    node.up.clear()
+    node.on_link(node.hop, False, 0.2)
+    node.tick(0.2)
+    header, body = infer((0, 0), 3)
+    node.on_upstream(b"up", [pack(header), body], 0.3)
+    frames = [parse(parts) for _, parts in node.up]
+    errors = [(f.header.seq, decode_json(f.body)) for f in frames if f.header.kind is Kind.ERROR]
+    assert [(seq, e["code"], e["to"]) for seq, e in errors] == [
+        (2, "hop_down", 2),
+        (3, "hop_down", 2),
+    ]
+    status = next(decode_json(f.body) for f in frames if f.header.kind is Kind.STATUS)
+    assert status["hop_up"] is False and not node.hop.outbox
+    node.on_link(node.hop, True, 1.0)
+    node.tick(1.0)
+    assert parse(node.hop.outbox.popleft()).header.kind is Kind.PING
+
+
+def test_damage_on_the_way_back_is_told():
+    node, _, _ = core(0, max_queue=4)
+    for seq in (1, 2):
+        header, body = infer((0, 0), seq)
+        node.on_upstream(b"up", [pack(header), body], 0.0)
+    header.kind = Kind.RESULT
+    result = array_body(header, np.ones((1, 1000), np.float32))
+    damaged = bytes([result[0] ^ 1]) + bytes(result[1:])
+    node.on_downstream([pack(header), damaged], 0.5)
+    node.on_downstream([b"SPLT" + bytes(300), bytes(result)], 0.6)
+    lost = [(parse(p).header.seq, decode_json(parse(p).body)["code"]) for _, p in node.up]
+    assert lost == [(2, "lost"), (1, "lost")]
+
+
+def test_a_direct_link_is_taken_where_the_plan_permits():
+    queue = FairQueue(4)
+    config = CoreConfig(0, 3, SPEC, DIGEST, 4, {"name": "edge"}, direct=2)
+    node = NodeCore(config, queue, lambda now_s: {}, ConstantPowerMeter())
+    for cuts, seq, link in (((0, 0), 1, node.direct), ((0, 5), 2, node.hop)):
+        header, body = infer(cuts, seq)
+        header.direct = True
+        node.on_upstream(b"up", [pack(header), body], 1.0)
+        sent = parse(link.outbox.popleft()).header
+        assert sent.seq == seq and sent.hops[link.target - 1].sent_s == 1.0
+        assert not node.hop.outbox and not node.direct.outbox
+
+
+def test_a_connection_that_moves_nothing_is_made_anew():
+    node, _, _ = core(0)
+    node.on_link(node.hop, True, 0.0)
+    node.tick(0.0)
+    node.tick(3.0)
+    assert not node.stuck
+    node.tick(5.0)
+    assert node.stuck == [node.hop]
+
+
 def test_a_failed_stage_is_answered():
     node, queue, _ = core(2)
     header, body = infer((0, 0))
