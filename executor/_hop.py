@@ -28,6 +28,8 @@ _PING_LOST_S = 1.0
 _MAX_OUTBOX = 1024
 _PROBE_LOST_S = 60.0
 _STUCK_S = 4.0
+# Six of the neighbour's heartbeats.
+_SILENT_S = 0.6
 _SLOWEST_BYTES_PER_S = 5000.0
 
 
@@ -67,6 +69,7 @@ class Hop:
         self._seq = 0
         self._unacked: collections.deque[tuple[Key, int, float]] = collections.deque()
         self._moved_s = float("-inf")
+        self._heard_s = float("-inf")
         self._ping_seq = -1
         self._ping_sent_s = float("-inf")
         self._pings = 0
@@ -152,6 +155,16 @@ class Hop:
         """For how long nothing has got across while something waits for its acknowledgement."""
         return now_s - max(self._unacked[0][2], self._moved_s) if self._unacked else 0.0
 
+    def on_heard(self, now_s: float) -> None:
+        """Something came back over the link."""
+        self._heard_s = now_s
+
+    def is_up(self, now_s: float) -> bool | None:
+        """Whether the link is connected and not silent; None as long as that is not known."""
+        if self.connected is None:
+            return None
+        return self.connected and now_s - self._heard_s <= _SILENT_S
+
     def is_stuck(self, now_s: float) -> bool:
         """Whether the connection is beyond hope: slower than any hop this is meant for.
 
@@ -172,9 +185,10 @@ class Hop:
         self._probes.clear()
         return ended
 
-    def on_connected(self) -> None:
+    def on_connected(self, now_s: float) -> None:
         """Ping at once: the neighbour may be another process, which tells only those it knows."""
         self.connected = True
+        self._heard_s = now_s
         self._pings, self._ping_seq, self._ping_sent_s = 0, -1, float("-inf")
 
     def due_s(self) -> float:

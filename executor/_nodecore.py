@@ -167,6 +167,7 @@ class NodeCore:
         """Take a message from a node after this one, over the hop unless `link` says otherwise."""
         link = link or self.hop
         assert link is not None
+        link.on_heard(now_s)
         try:
             header, body = split(parts)
         except WireError as error:
@@ -207,7 +208,7 @@ class NodeCore:
     def on_link(self, link: Hop, up: bool, now_s: float) -> None:
         """A link was connected, or its connection broke with all that was under way on it."""
         if up:
-            link.on_connected()
+            link.on_connected(now_s)
         elif link.connected is not False:
             for run in link.on_disconnected():
                 self._error(run.request, "hop_down", "the connection broke", link.target)
@@ -413,8 +414,8 @@ class NodeCore:
             "hop_bytes_per_s": None,
             "hop_rtt_s": None,
             "hop_age_s": None,
-            "hop_up": self.hop.connected if self.hop is not None else None,
-            "direct_up": self.direct.connected if self.direct is not None else None,
+            "hop_up": self.hop.is_up(now_s) if self.hop is not None else None,
+            "direct_up": self.direct.is_up(now_s) if self.direct is not None else None,
             "stalled_s": round(self.hop.stalled_s(now_s), 3) if self.hop is not None else 0.0,
             "boot": str(self.config.hello.get("boot", "")),
             "refused": self.refused,

@@ -117,8 +117,9 @@ class NodeStatus:
         hop_bytes_per_s: Bandwidth of that hop, from production frames and probes; None if unknown.
         hop_rtt_s: Least recent round trip of a small frame on it; None if unknown.
         hop_age_s: Age of `hop_bytes_per_s`; None if unknown.
-        hop_up: Whether it is connected to the node after it; None if unknown, and on the last.
-        direct_up: Whether its direct link is connected; None without one, or if unknown.
+        hop_up: Whether it is connected to the node after it, and hears it; None if unknown, and on
+            the last.
+        direct_up: The same of its direct link; None without one, too.
         stalled_s: For how long that hop has moved nothing while something waits on it.
         boot: Names the node's process; another one after a restart.
         refused: Requests refused over a bound, so far.

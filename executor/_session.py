@@ -183,7 +183,7 @@ class Session:
         self._receive_all()
         for up in link_changes(self._monitor):
             if up:
-                self._hop.on_connected()
+                self._hop.on_connected(time.monotonic())
             else:
                 self._hop.on_disconnected()
                 self._inputs.clear()

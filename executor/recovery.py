@@ -229,7 +229,7 @@ class Recovery:
         Args:
             node: The node.
             boot: Its process, as in its handshake.
-            links: For each node it dials, whether it is connected to it.
+            links: For each node it dials, whether it is connected to it and hears it.
             stalled_s: For how long its hop has moved nothing while something waits on it.
             now_s: Now.
         """

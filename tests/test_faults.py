@@ -133,7 +133,7 @@ def test_a_direct_link_serves_past_the_dead_fog(expected):
 
 
 def test_the_chaos_suite_in_short():
-    names = ("kill fog", "flip bits on hop 0")
+    names = ("stop fog", "flip bits on hop 0")
     report = run(
         MODEL,
         0.1,

@@ -297,6 +297,16 @@ def test_a_direct_link_is_taken_where_the_plan_permits():
         assert not node.hop.outbox and not node.direct.outbox
 
 
+def test_a_silent_link_counts_as_down():
+    node, _, _ = core(0)
+    assert node._status(0.0)["hop_up"] is None
+    node.on_link(node.hop, True, 1.0)
+    assert node._status(1.5)["hop_up"] is True
+    assert node._status(1.7)["hop_up"] is False
+    node.on_downstream([pack(Header(Kind.ACK))], 2.0)
+    assert node._status(2.1)["hop_up"] is True
+
+
 def test_a_connection_that_moves_nothing_is_made_anew():
     node, _, _ = core(0)
     node.on_link(node.hop, True, 0.0)
