@@ -198,10 +198,11 @@ class Outcome:
         name: The fault.
         at_s: When, since the start of the run.
         held_s: For how long.
-        around_s: From its start to the first completion that went around it; None where that has
-            no meaning.
-        normal_s: From its end to the first completion, at the first try, of a request that crosses
-            what was broken; None where that has no meaning.
+        around_s: From its start (or the first request after it that wanted to cross it, if none
+            was under way) to the first completion that went around it; None where that has no
+            meaning.
+        normal_s: From its end (or the first such request after it) to the first completion, at the
+            first try, that crossed what was broken; None where that has no meaning.
         plan: The plan that went around.
         note: What else was seen.
     """
@@ -245,12 +246,25 @@ def inject(fault: Fault, ground: Ground, load: Load, start_s: float) -> Outcome:
     mended_s = time.monotonic()
     outcome.held_s = mended_s - struck_s
     if hop is not None:
-        outcome.normal_s = load.first(
+        seconds = load.first(
             mended_s,
             NORMAL_TIMEOUT_S,
             lambda t: t.submitted_s >= mended_s and _as_asked(t) and not t.avoided(hop),
         )
+        outcome.normal_s = seconds - _idle_s(hop, load, mended_s, in_flight=False)
     return outcome
+
+
+def _idle_s(hop: int, load: Load, since_s: float, in_flight: bool) -> float:
+    """How long after a moment there was no request that wanted to cross a hop."""
+    starts = [
+        max(ticket.submitted_s, since_s)
+        for ticket in tuple(load.tickets)
+        if ticket.plan.last_node(load.n_units) > hop
+        and ticket.ended_s >= since_s
+        and (in_flight or ticket.submitted_s >= since_s)
+    ]
+    return min(starts, default=since_s) - since_s
 
 
 def _around(
@@ -267,6 +281,7 @@ def _around(
         return good
 
     seconds = load.first(struck_s, wait_s, wanted)
+    seconds -= _idle_s(hop, load, struck_s, in_flight=True)
     first = min(found, key=lambda t: t.ended_s, default=None)
     return seconds, first.record.plan if first is not None and first.record else None
 
