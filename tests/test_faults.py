@@ -92,7 +92,7 @@ def test_a_node_comes_back_without_the_others_and_with_other_weights_is_refused(
             assert torch.equal(reply.output, output)
             return reply.record.plan
 
-        assert plan_used() == (3, 10)
+        until(lambda: plan_used() == (3, 10))
         chain.end("fog")
         assert plan_used() == (N, N)
         chain.start("fog", str(tmp_path / "other.pt"))
@@ -103,7 +103,7 @@ def test_a_node_comes_back_without_the_others_and_with_other_weights_is_refused(
         until(lambda: plan_used() == (3, 10))
         assert client.counts.refused_nodes == 1 and client.counts.failed == 0
         chain.end("cloud")
-        assert plan_used() == (3, N)
+        until(lambda: plan_used() == (3, N))
 
 
 def test_requests_wait_for_the_first_node(expected):
@@ -124,12 +124,19 @@ def test_a_direct_link_serves_past_the_dead_fog(expected):
     with serving(direct=(DirectLink("edge", "cloud"),)) as (chain, client):
         chain.end("fog")
         until(lambda: [client.status()[k].down for k in range(3)] == [False, True, False])
-        reply = client.submit(x, Plan((3, 10))).result(30)
-        assert torch.equal(reply.output, output) and reply.record.plan == (3, 3)
-        assert reply.record.hop_s[0] == 0 < reply.record.hop_s[1] >= reply.record.transmit_s[1]
-        assert reply.record.stage_s[0] > 0 < reply.record.stage_s[2]
+
+        def record():
+            reply = client.submit(x, Plan((3, 10))).result(30)
+            assert torch.equal(reply.output, output)
+            return reply.record
+
+        # A busy machine may make the cloud look silent for a moment, and the edge do it alone.
+        until(lambda: record().plan == (3, 3))
+        past = next(r for r in iter(record, None) if r.plan == (3, 3))
+        assert past.hop_s[0] == 0 < past.hop_s[1] >= past.transmit_s[1]
+        assert past.stage_s[0] > 0 < past.stage_s[2]
         chain.end("cloud")
-        assert client.submit(x, Plan((3, 10))).result(30).record.plan == (N, N)
+        assert record().plan == (N, N)
 
 
 def test_the_chaos_suite_in_short():
