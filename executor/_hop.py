@@ -70,6 +70,7 @@ class Hop:
         self._unacked: collections.deque[tuple[Key, int, float]] = collections.deque()
         self._moved_s = float("-inf")
         self._heard_s = float("-inf")
+        self._new_clock = False
         self._ping_seq = -1
         self._ping_sent_s = float("-inf")
         self._pings = 0
@@ -134,6 +135,8 @@ class Hop:
         sent_s, received_s, replied_s = header.clock_s
         if header.seq == self._ping_seq:
             self._ping_seq = -1
+            if self._new_clock:  # its machine may have started anew, and its clock with it
+                self.clock, self._new_clock = ClockOffset(), False
             self.clock.add(sent_s, received_s, replied_s, now_s)
         self.on_ack(header, now_s)
         probe = self._probe
@@ -189,6 +192,7 @@ class Hop:
         """Ping at once: the neighbour may be another process, which tells only those it knows."""
         self.connected = True
         self._heard_s = now_s
+        self._new_clock = True
         self._pings, self._ping_seq, self._ping_sent_s = 0, -1, float("-inf")
 
     def due_s(self) -> float:
