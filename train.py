@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", type=Path, help="where to (default: checkpoints/MODEL)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="TensorBoard's folder")
     parser.add_argument("--weights", default="none", help="none, DEFAULT or a file (testbed only)")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted training")
     args = parser.parse_args(argv)
     if args.online_steps < 0:
         parser.error(f"--online-steps: expected 0 or more, got {args.online_steps}")
@@ -49,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         cluster=args.cluster,
         weights=args.weights,
         live_intervals=args.live_intervals,
+        resume=args.resume,
     )
     pipeline.run()
     return 0

@@ -18,6 +18,7 @@ from stable_baselines3.common.logger import HParam
 
 from agents.controllers import Controller, Solver
 from agents.policy import ResidualSolverPolicy, export_arrays, policy_kwargs
+from agents.resume import ResumePoint
 from agents.runtime import Checkpoint, PolicyController
 from env.cost import Cost
 from env.predict import CostModel
@@ -166,6 +167,20 @@ class _Validation(BaseCallback):
             self.best = ratio
             self.best_weights = {k: v.clone() for k, v in policy.state_dict().items()}
 
+    def state(self) -> dict[str, Any]:
+        """What an interrupted training needs of this, as plain values and tensors."""
+        return {
+            "history": self.history,
+            "best": self.best,
+            "best_weights": self.best_weights,
+            "next": self._next,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`."""
+        self.history, self.best = list(state["history"]), state["best"]
+        self.best_weights, self._next = state["best_weights"], state["next"]
+
     def _on_training_start(self) -> None:
         self.logger.record(
             "hparams",
@@ -206,6 +221,7 @@ def train_policy(
     settings: TrainingSettings,
     log_dir: Path | None = None,
     report: Callable[[int, float], None] = lambda steps, best: None,
+    resume: ResumePoint | None = None,
 ) -> TrainingResult:
     """Train the residual policy and return the weights that validated best.
 
@@ -214,6 +230,7 @@ def train_policy(
         settings: How PPO is run.
         log_dir: Where TensorBoard's files go; None writes none.
         report: Called after every rollout with (steps, best cost ratio to the solver so far).
+        resume: Where to save what an interrupted training needs; if that was loaded, go on there.
     """
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
@@ -247,10 +264,22 @@ def train_policy(
         device="cpu",
     )
     validation = _Validation(model, settings, report)
+    callbacks: list[BaseCallback] = [validation]
+    saved = None
+    if resume is not None:
+        callbacks.append(resume.saver(model, env, validation.state))
+        saved = resume.restore(ppo, env)
+        if saved is not None:
+            validation.restore(saved)
     started = time.monotonic()
-    ppo.learn(settings.steps, callback=validation, tb_log_name="simulator")
+    ppo.learn(
+        settings.steps - ppo.num_timesteps,
+        callback=callbacks,
+        tb_log_name="simulator",
+        reset_num_timesteps=saved is None,
+    )
     validation.validate()
-    elapsed = time.monotonic() - started
+    elapsed = time.monotonic() - started + (resume.elapsed_s if resume else 0.0)
     torch.set_num_threads(1)
     ppo.policy.load_state_dict(validation.best_weights)
     policy = ppo.policy

@@ -18,7 +18,6 @@ A new hop is answered with {"ready": 0, "port": 40001}, a bad command with {"err
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import math
@@ -33,6 +32,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+from executor.arguments import Parser
 from executor.errors import ConfigError
 from executor.shaping import RateTrace, SerialLink, check_delay
 
@@ -390,7 +390,7 @@ def _obey(server: RelayServer, line: bytes) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Relay until stdin ends; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m executor.relay",
         description="Shape the hops of a local testbed; commands are JSON lines on stdin.",
     )
