@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from executor._outbox import Outbox, Parts
 from executor.link import ClockOffset, PassiveEstimator
 from executor.wire import Header, HopStamp, Kind, StageStamp, array_body, pack
 
 __all__ = ["Hop", "Parts", "ProbeRun", "localise"]
 
-Parts = list[bytes | memoryview]
 Key = tuple[bytes, int, int]
 
 _PING_PERIOD_S = 0.5
@@ -27,6 +27,7 @@ _FIRST_PING_PERIOD_S = 0.05
 _PING_LOST_S = 1.0
 _MAX_OUTBOX = 1024
 _PROBE_LOST_S = 60.0
+_MAX_PROBES = 64
 _STUCK_S = 4.0
 # Six of the neighbour's heartbeats.
 _SILENT_S = 0.6
@@ -51,7 +52,7 @@ class Hop:
     Attributes:
         target: The neighbour's place in the chain.
         connected: Whether the owner's socket is connected to it; None as long as that is not known.
-        outbox: Messages to send, oldest first; the owner takes them out.
+        outbox: Messages to send; the owner takes them out.
         lost: Requests found lost on the way, as (client, seq, try); the owner takes them out.
         rate: Passive bandwidth estimate from acknowledged frames.
         clock: Offset of the neighbour's clock to ours, and the least round trip.
@@ -61,12 +62,14 @@ class Hop:
         """Start with nothing known; `own_id` (16 bytes) marks this sender's own pings."""
         self.target = target
         self.connected: bool | None = None
-        self.outbox: collections.deque[Parts] = collections.deque()
+        self.outbox = Outbox(self._on_handed)
         self.lost: list[Key] = []
         self.rate = PassiveEstimator()
         self.clock = ClockOffset()
         self._own_id = own_id
         self._seq = 0
+        # In the order of sending: the first `_handed` have been sent, the rest waits in the outbox.
+        self._handed = 0
         self._unacked: collections.deque[tuple[Key, int, float]] = collections.deque()
         self._moved_s = float("-inf")
         self._heard_s = float("-inf")
@@ -94,7 +97,11 @@ class Hop:
 
     def send(self, header: Header, body: memoryview | None, now_s: float) -> None:
         """Queue a request or ping, and count it until it is acknowledged."""
-        self._put(header, body)
+        parts: Parts = [pack(header)] if body is None else [pack(header), body]
+        if header.kind is Kind.INFER:
+            self.outbox.add_request(header, parts)
+        else:
+            self.outbox.append(parts, header)
         self._unacked.append((_key(header), header.body_bytes, now_s))
         self.rate.on_sent(header.body_bytes, now_s)
 
@@ -105,27 +112,57 @@ class Hop:
         has a deadline and asks again.
         """
         if len(self.outbox) < _MAX_OUTBOX:
-            self._put(header, body)
+            self.outbox.append([pack(header)] if body is None else [pack(header), body])
 
-    def _put(self, header: Header, body: memoryview | None) -> None:
-        self.outbox.append([pack(header)] if body is None else [pack(header), body])
+    def displace(self, client: bytes) -> Header | None:
+        """Make room for a request of `client`: returns that of a greedier client which lost its.
+
+        None if there is none, or all are on their way already.
+        """
+        displaced = self.outbox.displace(client)
+        if displaced is not None:
+            position = self._position(displaced)
+            if position is not None:
+                del self._unacked[position]
+                self._recount()
+        return displaced
+
+    def _on_handed(self, header: Header) -> None:
+        """A request or ping was sent: it may have overtaken others in the outbox."""
+        position = self._position(header)
+        if position is None or position < self._handed:
+            return
+        if position > self._handed:
+            entry = self._unacked[position]
+            del self._unacked[position]
+            self._unacked.insert(self._handed, entry)
+            self._recount()
+        self._handed += 1
+
+    def _position(self, header: Header) -> int | None:
+        key = _key(header)
+        return next((i for i, e in enumerate(self._unacked) if e[0] == key), None)
+
+    def _recount(self) -> None:
+        """Give the estimator the order in which acknowledgements will come."""
+        self.rate.on_lost()
+        for _, n_bytes, sent_s in self._unacked:
+            self.rate.on_sent(n_bytes, sent_s)
 
     def on_ack(self, header: Header, now_s: float) -> None:
         """Take an ACK or PONG: the neighbour has the frame, and all frames before it.
 
         Those before it that were never acknowledged were lost, with a connection or damaged.
         """
-        key = _key(header)
-        position = next((i for i, e in enumerate(self._unacked) if e[0] == key), None)
+        position = self._position(header)
         if position is None:
             return
         if position > 0:
             self.lost += [self._unacked.popleft()[0] for _ in range(position)]
-            self.rate.on_lost()
-            for _, n_bytes, sent_s in self._unacked:
-                self.rate.on_sent(n_bytes, sent_s)
+            self._recount()
         self._unacked.popleft()
         self._moved_s = now_s
+        self._handed = max(0, self._handed - position - 1)
         self.rate.on_ack(self.clock.to_local(header.clock_s[1]), now_s)
 
     def on_pong(self, header: Header, now_s: float) -> ProbeRun | None:
@@ -148,11 +185,14 @@ class Hop:
         self._send_probe(probe, now_s)
         return None
 
-    def probe(self, run: ProbeRun, now_s: float) -> None:
-        """Begin a probe, after those already under way."""
+    def probe(self, run: ProbeRun, now_s: float) -> bool:
+        """Begin a probe, after those already under way; False if too many of them wait."""
+        if len(self._probes) >= _MAX_PROBES:
+            return False
         self._probes.append(run)
         if self._probe is None:
             self._next_probe(now_s)
+        return True
 
     def stalled_s(self, now_s: float) -> float:
         """For how long nothing has got across while something waits for its acknowledgement."""
@@ -182,6 +222,7 @@ class Hop:
         self.connected = False
         self.outbox.clear()
         self._unacked.clear()
+        self._handed = 0
         self.rate.on_lost()
         ended = [*([self._probe] if self._probe else []), *self._probes]
         self._probe = None

@@ -20,7 +20,8 @@ from typing import Any
 
 from executor._compute import FairQueue, Job, Outcome
 from executor._hop import Hop, Parts, ProbeRun, localise
-from executor._requests import Refusal, short, split, whole
+from executor._limits import PeerLimits, Routes
+from executor._requests import Refusal, check_size, over_rate, short, split, whole
 from executor._ways import Way, Ways
 from executor.energy import Meter
 from executor.errors import ConfigError, FrameDamaged, WireError
@@ -46,7 +47,6 @@ _STATUS_PERIOD_S = 0.1
 # A listener is kept through a frame that takes this long to arrive on a slow hop.
 _LISTENER_KEPT_S = 30.0
 _MAX_LISTENERS = 256
-_MAX_ROUTES = 4096
 _LOG_PERIOD_S = 1.0
 _MAX_PROBE_REPEATS = 100
 _MAX_PROBE_BYTES = 16 * 2**20
@@ -65,6 +65,7 @@ class CoreConfig:
         max_queue: Requests that may queue for compute, and that may wait on the hop.
         hello: What the node says of itself in a handshake; `boot` names its process.
         direct: The node it has a direct link to, if any.
+        peer_rate_rps: Messages a second taken from one connection in the long run.
     """
 
     index: int
@@ -74,6 +75,7 @@ class CoreConfig:
     max_queue: int
     hello: Mapping[str, Any]
     direct: int | None = None
+    peer_rate_rps: float = 2000.0
 
 
 class NodeCore:
@@ -118,7 +120,8 @@ class NodeCore:
         self._jobs = jobs
         self._measure = measure
         self._meter = meter
-        self._routes: collections.OrderedDict[bytes, bytes] = collections.OrderedDict()
+        self._routes = Routes()
+        self._limits = PeerLimits(config.peer_rate_rps)
         self._ways = Ways()
         self._listeners: dict[bytes, float] = {}
         self._last_received_s = 0.0
@@ -134,7 +137,10 @@ class NodeCore:
             self._bad_frame(f"from upstream: {error}", now_s)
             return
         self._listen(identity, now_s)
+        admitted = self._limits.admit(identity, now_s)
         if header.kind is Kind.PING:
+            if not admitted:
+                return
             pong = header.reply(Kind.PONG)
             pong.clock_s = (header.clock_s[0], now_s, time.monotonic())
             self.up.append((identity, [pack(pong)]))
@@ -144,11 +150,11 @@ class NodeCore:
         if header.kind not in (Kind.HELLO, Kind.INFER, Kind.PROBE, Kind.PROFILE):
             self._bad_frame(f"{header.kind.name} does not come from upstream", now_s)
             return
-        self._routes[header.client] = identity
-        self._routes.move_to_end(header.client)
-        if len(self._routes) > _MAX_ROUTES:
-            self._routes.popitem(last=False)
+        self._routes.learn(header.client, identity)
         try:
+            if not admitted:
+                raise over_rate(self.config.peer_rate_rps)
+            check_size(header)
             check_body(header, body)
             if header.kind is Kind.INFER:
                 self._infer(identity, header, body, now_s)
@@ -273,6 +279,7 @@ class NodeCore:
     def forget(self, identity: bytes) -> None:
         """Drop a peer that cannot be reached any more."""
         self._listeners.pop(identity, None)
+        self._limits.forget(identity)
 
     def _infer(
         self, identity: bytes, header: Header, body: memoryview | None, now_s: float
@@ -323,10 +330,16 @@ class NodeCore:
             self._send_down(header, body, now_s)
         elif way.job is None:
             way.job = Job(header, body, start, stop)
-            if not self._jobs.put(way.job):
-                raise Refusal(
-                    "refused", f"its queue is full ({self.config.max_queue} requests); send slower"
-                )
+            self._enqueue(way.job)
+
+    def _enqueue(self, job: Job) -> None:
+        """Queue a job; somebody is refused where there is no room, in fairness."""
+        reason = f"its queue is full ({self.config.max_queue} requests); send slower"
+        refusal, out = Refusal("refused", reason), self._jobs.put(job)
+        if out is job:
+            raise refusal
+        if out is not None:
+            self._refuse(out.header, refusal)
 
     def _send_down(self, header: Header, body: memoryview | None, now_s: float) -> None:
         n_units, k = self.config.spec.n_units, self.config.index
@@ -335,11 +348,15 @@ class NodeCore:
         assert link is not None
         self._check_link(link)
         if link.backlog_frames >= self.config.max_queue:
-            raise Refusal(
+            refusal = Refusal(
                 "refused",
                 f"{link.backlog_bytes} bytes wait on its hop "
                 f"({self.config.max_queue} requests); send slower",
             )
+            displaced = link.displace(header.client)
+            if displaced is None:
+                raise refusal
+            self._refuse(displaced, refusal)
         header.clock_s = (now_s, 0.0, 0.0)
         # A direct link's stamps stand at the last of the hops that it leads past.
         header.hops[link.target - 1] = HopStamp(sent_s=now_s)
@@ -368,19 +385,20 @@ class NodeCore:
         if target > self.config.index:
             assert self.hop is not None
             self._check_link(self.hop)
-            identity = self._routes[header.client]
+            identity = self._routes.get(header.client)
+            assert identity is not None
             self._ways.enter(Way(identity, header, hop=self.hop))
             self.hop.forward(header, body)
         elif header.kind is Kind.PROFILE:
             repeats = whole(request, "repeats", 1, _MAX_PROFILE_REPEATS)
-            if not self._jobs.put(Job(header, profile_repeats=repeats)):
-                raise Refusal("refused", "its queue is full; profile later")
+            self._enqueue(Job(header, profile_repeats=repeats))
         else:
             assert self.hop is not None
             self._check_link(self.hop)
             n_bytes = whole(request, "payload_bytes", 1, _MAX_PROBE_BYTES)
             repeats = whole(request, "repeats", 1, _MAX_PROBE_REPEATS)
-            self.hop.probe(ProbeRun(header, n_bytes, repeats), now_s)
+            if not self.hop.probe(ProbeRun(header, n_bytes, repeats), now_s):
+                raise Refusal("refused", "too many probes wait on its hop; probe later")
 
     def _localise(self, header: Header, link: Hop) -> None:
         """Put a result's later stamps into this node's clock, and charge the link's transfer."""

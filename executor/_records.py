@@ -124,6 +124,7 @@ class NodeStatus:
         boot: Names the node's process; another one after a restart.
         refused: Requests refused over a bound, so far.
         bad_frames: Frames that could not be accepted, so far.
+        unauthenticated: Connections that were not admitted, so far.
         duplicates: Requests that came again while they were under way, so far.
         overruns: Paced stages that missed their deadline, so far.
         stages: Stages run, so far.
@@ -147,6 +148,7 @@ class NodeStatus:
     boot: str = ""
     refused: int = 0
     bad_frames: int = 0
+    unauthenticated: int = 0
     duplicates: int = 0
     overruns: int = 0
     stages: int = 0

@@ -7,9 +7,11 @@ from typing import Any
 
 from executor._hop import Parts
 from executor.errors import WireError
-from executor.wire import Header, parse_header
+from executor.wire import Header, Kind, parse_header
 
-__all__ = ["Refusal", "short", "split", "whole"]
+__all__ = ["Refusal", "check_size", "over_rate", "short", "split", "whole"]
+
+MAX_CONTROL_BYTES = 4096
 
 
 class Refusal(Exception):
@@ -31,6 +33,20 @@ def split(parts: Parts) -> tuple[Header, memoryview | None]:
     if len(parts) not in (1, 2):
         raise WireError(f"a message has 1 or 2 parts, got {len(parts)}")
     return parse_header(parts[0]), memoryview(parts[1]) if len(parts) == 2 else None
+
+
+def check_size(header: Header) -> None:
+    """Raise a WireError for a control frame that is larger than any that is meant."""
+    if header.kind is not Kind.INFER and header.body_bytes > MAX_CONTROL_BYTES:
+        raise WireError(
+            f"a {header.kind.name} carries at most {MAX_CONTROL_BYTES} bytes, got "
+            f"{header.body_bytes}"
+        )
+
+
+def over_rate(rate_rps: float) -> Refusal:
+    """The refusal for a peer that sends more messages a second than this."""
+    return Refusal("refused", f"more than {rate_rps:g} messages/s from one peer; send slower")
 
 
 def whole(request: Mapping[str, Any], field: str, low: int, high: int) -> int:

@@ -20,10 +20,11 @@ import zmq
 from numpy.typing import NDArray
 
 from executor._hop import Hop, Parts, localise
+from executor._outbox import Outbox
 from executor._pending import Pending, PendingTable
 from executor._records import NodeStatus, Reply, RequestRecord, hello_problem, node_index
 from executor._sockets import connect_dealer, link_changes, watch_link
-from executor.cluster import CLIENT_KEY_NAME, Cluster
+from executor.cluster import Cluster
 from executor.errors import RequestError, RequestRefused, RequestTimeout, WireError
 from executor.plan import Plan
 from executor.recovery import Complete, Counts, Fail, Instruction, Recovery, Send
@@ -78,7 +79,7 @@ class Session:
         self._closed = False
         self._ctx: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
-            self._dealer = connect_dealer(self._ctx, cluster, cluster.nodes[0], CLIENT_KEY_NAME)
+            self._dealer = connect_dealer(self._ctx, cluster, cluster.nodes[0], cluster.client)
         except BaseException:
             self._ctx.term()
             raise
@@ -202,7 +203,7 @@ class Session:
         for queue in (self._hop.outbox, self._control, self._inputs):
             self._send_all(queue)
 
-    def _send_all(self, queue: deque[Parts]) -> None:
+    def _send_all(self, queue: deque[Parts] | Outbox) -> None:
         with contextlib.suppress(zmq.Again):
             while queue:
                 self._dealer.send_multipart(queue[0], zmq.NOBLOCK, copy=False)

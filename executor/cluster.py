@@ -24,15 +24,17 @@ go past them, when one of them is down, over a direct link:
     to = "cloud"
     connect = "203.0.113.7:5552"     # what `from` dials; the host and port of `to` unless given
 
-Off loopback a node wants CURVE keys (`keys_dir`, with
-`NAME.key` and `NAME.key_secret` per node and for the client, as written by
-`zmq.auth.create_certificates`) or the explicit `--insecure`.
+Off loopback a node wants CURVE keys (`keys_dir`, with `NAME.key` and `NAME.key_secret` per node and
+for the client, as written by `executor.keys`) or the explicit `--insecure`. With keys a node
+accepts the keys named in its `allow`, by default those of the nodes that dial it (the one before
+it, or the client for the first, and where a direct link to it starts), and nobody else.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import json
+import math
 import re
 import sys
 from dataclasses import dataclass, fields, replace
@@ -46,10 +48,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["CLIENT_KEY_NAME", "Cluster", "DirectLink", "NodeConfig", "is_loopback"]
+__all__ = ["KEY_NAME", "Cluster", "DirectLink", "NodeConfig", "is_loopback"]
 
-CLIENT_KEY_NAME = "client"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _WILDCARDS = ("*", "0.0.0.0", "::")
 
 
@@ -66,6 +67,7 @@ class NodeConfig:
         connect_port: Port to dial; `port` unless given.
         device: Device class, which picks the power figures ("pi4", "laptop", "server", ...).
         torch_device: "cpu" or "cuda".
+        allow: Names of the keys it accepts; empty for the default, see `Cluster.allowed`.
     """
 
     name: str
@@ -75,15 +77,14 @@ class NodeConfig:
     connect_port: int = 0
     device: str = "laptop"
     torch_device: str = "cpu"
+    allow: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
+        if not isinstance(self.name, str) or not KEY_NAME.fullmatch(self.name):
             raise ConfigError(
                 f"node name must be letters, digits, '_', '.' or '-' (at most 64), got "
                 f"{self.name!r}"
             )
-        if self.name == CLIENT_KEY_NAME:
-            raise ConfigError(f"node name {self.name!r} is taken by the client's keys; rename it")
         for field in ("host", "connect_host", "device", "torch_device"):
             if not isinstance(getattr(self, field), str):
                 raise ConfigError(
@@ -101,6 +102,11 @@ class NodeConfig:
             object.__setattr__(self, "connect_host", self.host)
         if not self.connect_port:
             object.__setattr__(self, "connect_port", self.port)
+        for name in self.allow:
+            if not isinstance(name, str) or not KEY_NAME.fullmatch(name):
+                raise ConfigError(f"node {self.name}: allow must list names of keys, got {name!r}")
+        if len(set(self.allow)) != len(self.allow):
+            raise ConfigError(f"node {self.name}: allow names a key twice: {list(self.allow)}")
 
     def bind_endpoint(self) -> str:
         """ZeroMQ endpoint this node binds (port 0 becomes a wildcard)."""
@@ -149,6 +155,8 @@ class Cluster:
         threads: Torch threads per node; None takes torch's own choice (the testbed uses 1).
         keys_dir: Folder of CURVE certificates; None means plain TCP.
         direct: Links past nodes, at most one from each node.
+        client: Name of the key that this machine's client uses.
+        peer_rate_rps: Messages a second that a node takes from one connection in the long run.
     """
 
     model: str
@@ -158,6 +166,8 @@ class Cluster:
     threads: int | None = None
     keys_dir: str | None = None
     direct: tuple[DirectLink, ...] = ()
+    client: str = "client"
+    peer_rate_rps: float = 2000.0
 
     def __post_init__(self) -> None:
         for field in ("model", "weights"):
@@ -183,6 +193,34 @@ class Cluster:
                 )
         if len(self.direct_links) != len(self.direct):
             raise ConfigError("cluster: at most one direct link may start at each node")
+        if not isinstance(self.client, str) or not KEY_NAME.fullmatch(self.client):
+            raise ConfigError(f"cluster: client must be the name of a key, got {self.client!r}")
+        if self.client in names:
+            raise ConfigError(f"node name {self.client!r} is taken by the client's keys; rename it")
+        rate = self.peer_rate_rps
+        if not isinstance(rate, int | float) or isinstance(rate, bool) or not 1 <= rate < math.inf:
+            raise ConfigError(f"cluster: peer_rate_rps must be at least 1, got {rate!r}")
+        self._check_allow()
+
+    def _check_allow(self) -> None:
+        """Refuse allow-lists that protect nothing or break the chain."""
+        for k, node in enumerate(self.nodes):
+            if node.allow and self.keys_dir is None:
+                raise ConfigError(
+                    f"node {node.name}: allow = {list(node.allow)} has no effect without keys_dir"
+                )
+            for name in self._dialled_by(node) if node.allow and k else ():
+                if name not in node.allow:
+                    raise ConfigError(
+                        f"node {node.name}: allow must hold {name!r}, which dials it, got "
+                        f"{list(node.allow)}"
+                    )
+
+    def _dialled_by(self, node: NodeConfig) -> tuple[str, ...]:
+        """Names of the keys of whoever dials `node`."""
+        k = self.index(node.name)
+        before = self.nodes[k - 1].name if k else self.client
+        return (before, *(link.source for link in self.direct if link.target == node.name))
 
     @property
     def n_nodes(self) -> int:
@@ -214,6 +252,10 @@ class Cluster:
                 return i
         known = ", ".join(node.name for node in self.nodes)
         raise ConfigError(f"unknown role {name!r}; the cluster has: {known}")
+
+    def allowed(self, node: NodeConfig) -> tuple[str, ...]:
+        """Names of the keys that `node` accepts: its `allow`, or else of whoever dials it."""
+        return node.allow or self._dialled_by(node)
 
     def check_exposure(self, node: NodeConfig, insecure: bool) -> None:
         """Refuse to listen off loopback without keys.
@@ -287,6 +329,9 @@ class Cluster:
             lines.append(f"threads = {self.threads}")
         if self.keys_dir is not None:
             lines.append(f"keys_dir = {_quote(self.keys_dir)}")
+        if self.client != "client":
+            lines.append(f"client = {_quote(self.client)}")
+        lines.append(f"peer_rate_rps = {float(self.peer_rate_rps)}")
         for node in self.nodes:
             lines += ["", "[[nodes]]", f"name = {_quote(node.name)}", f"host = {_quote(node.host)}"]
             lines += [f"port = {node.port}", f"device = {_quote(node.device)}"]
@@ -294,6 +339,8 @@ class Cluster:
             if (node.connect_host, node.connect_port) != (node.host, node.port):
                 connect = f"{_bracket(node.connect_host)}:{node.connect_port}"
                 lines.append(f"connect = {_quote(connect)}")
+            if node.allow:
+                lines.append(f"allow = [{', '.join(map(_quote, node.allow))}]")
         for link in self.direct:
             lines += ["", "[[direct]]", f"from = {_quote(link.source)}"]
             lines.append(f"to = {_quote(link.target)}")
@@ -316,7 +363,7 @@ def is_loopback(host: str) -> bool:
 def _node(raw: dict[str, Any]) -> NodeConfig:
     """Build a node from its TOML table."""
     where = f"node {raw.get('name', '?')}"
-    known = {"name", "host", "port", "device", "torch_device", "connect"}
+    known = {"name", "host", "port", "device", "torch_device", "connect", "allow"}
     _known(raw, known, where)
     missing = sorted({"name", "host", "port"} - raw.keys())
     if missing:
@@ -325,6 +372,12 @@ def _node(raw: dict[str, Any]) -> NodeConfig:
     connect = raw.pop("connect", None)
     if connect is not None:
         raw["connect_host"], raw["connect_port"] = _host_port(connect, where)
+    if "allow" in raw:
+        if not isinstance(raw["allow"], list) or not raw["allow"]:
+            raise ConfigError(
+                f'{where}: allow must be a list of key names, e.g. ["client"], got {raw["allow"]!r}'
+            )
+        raw["allow"] = tuple(raw["allow"])
     return NodeConfig(**raw)
 
 

@@ -6,7 +6,6 @@ or SIGINT, and with 2 and one line on stderr when its settings are wrong.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import json
@@ -30,12 +29,14 @@ from executor._hop import Hop, Parts
 from executor._load import HostLoad
 from executor._nodecore import CoreConfig, NodeCore
 from executor._sockets import (
+    HandshakeMonitor,
     authenticate,
     bind_router,
     connect_dealer,
     link_changes,
     watch_link,
 )
+from executor.arguments import Parser
 from executor.cluster import Cluster, NodeConfig
 from executor.energy import best_meter
 from executor.errors import ConfigError
@@ -114,10 +115,12 @@ class Node:
         self._wake_write.setblocking(False)
         self._ctx: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._auth = None
+        self._handshakes: HandshakeMonitor | None = None
         try:
             meter = best_meter(config.device, emulated=ratio is not None, torch_device=device)
-            self._auth = authenticate(self._ctx, cluster)
+            self._auth = authenticate(self._ctx, cluster, config)
             self._router, self.port = bind_router(self._ctx, cluster, config)
+            self._handshakes = HandshakeMonitor(self._ctx, self._router)
             following = cluster.nodes[index + 1 : index + 2]
             direct = cluster.direct_target(index)
             for target in (*following, *([direct] if direct else [])):
@@ -147,6 +150,7 @@ class Node:
                 digest=bytes.fromhex(chain.digest),
                 max_queue=cluster.max_queue,
                 hello=hello,
+                peer_rate_rps=cluster.peer_rate_rps,
                 direct=cluster.direct_links.get(index),
             )
             self._core = NodeCore(core_config, self._jobs, self._measure, meter)
@@ -164,7 +168,8 @@ class Node:
     def serve(self, control_fd: int | None = None) -> None:
         """Move frames until `stop`, or until `control_fd` (JSON lines) ends."""
         poller = zmq.Poller()
-        for source in (self._router, self._wake_read, control_fd):
+        handshakes = self._handshakes.socket if self._handshakes is not None else None
+        for source in (self._router, self._wake_read, handshakes, control_fd):
             if source is not None:
                 poller.register(source, zmq.POLLIN)
         for end, _ in self._links:
@@ -196,6 +201,8 @@ class Node:
             end.close()
         if self._router is not None:
             self._router.close(0)
+        if self._handshakes is not None:
+            self._handshakes.close()
         if self._auth is not None:
             self._auth.stop()
         self._ctx.term()
@@ -229,6 +236,8 @@ class Node:
             if parts is None:
                 break
             self._feed(self._core.on_upstream, bytes(parts[0]), parts[1:])
+        if self._handshakes is not None:
+            self._handshakes.read()
         self._feed(self._core.tick)
         for end, link in self._links:
             if link in self._core.stuck:
@@ -270,6 +279,7 @@ class Node:
             "backlog_s": round(backlog_s, 6),
             "overruns": self._pacer.overruns,
             "stages": self._pacer.stages,
+            "unauthenticated": self._handshakes.unauthenticated if self._handshakes else 0,
         }
 
     def _control(self, line: bytes) -> None:
@@ -298,7 +308,7 @@ class Node:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a node; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m executor.node", description=__doc__)
+    parser = Parser(prog="python -m executor.node", description=__doc__)
     parser.add_argument("--role", required=True, help="this node's name in the cluster file")
     parser.add_argument("--cluster", required=True, type=Path, help="cluster.toml")
     parser.add_argument("--device", help="torch device; overrides the cluster file")

@@ -63,6 +63,7 @@ MAX_TRY = 255
 NO_CLIENT = bytes(16)
 NO_DIGEST = bytes(8)
 
+_MAX_DIGITS = 32
 _MAGIC = b"SPLT"
 _FIXED = struct.Struct("<4sBBBBHBB16sQ8s8I3dQI")
 _CRC = struct.Struct("<I")
@@ -387,7 +388,9 @@ def decode_json(body: bytes | memoryview | None) -> dict[str, Any]:
         got = "none" if body is None else f"{len(body)} bytes"
         raise WireError(f"expected a JSON body of at most {MAX_JSON_BYTES} bytes, got {got}")
     try:
-        value = json.loads(bytes(body), parse_float=_finite, parse_constant=_finite)
+        value = json.loads(
+            bytes(body), parse_float=_finite, parse_constant=_finite, parse_int=_short_int
+        )
     except (ValueError, RecursionError) as error:
         raise WireError(f"body is not JSON: {error}") from error
     if not isinstance(value, dict):
@@ -423,6 +426,13 @@ def array_of(header: Header, body: memoryview | None) -> NDArray[Any]:
     if not (array.flags.writeable and array.flags.aligned):
         array = array.copy()
     return array
+
+
+def _short_int(text: str) -> int:
+    # Older Pythons take seconds for a number of a million digits.
+    if len(text) > _MAX_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
 
 
 def _finite(text: str) -> float:
