@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", type=model_argument, default="alexnet")
     parser.add_argument("--scenario", type=Path, help="scenario file (default: the shipped one)")
     parser.add_argument("--cluster", type=Path, help="train on these nodes, not on the testbed")
-    parser.add_argument("--steps", type=positive_int, help="simulator steps (default: 1,500,000)")
+    parser.add_argument("--steps", type=positive_int, help="simulator steps (default: 600,000)")
     parser.add_argument("--online-steps", type=int, default=40, help="intervals on the nodes")
     parser.add_argument(
         "--live-intervals", type=positive_int, default=15, help="per arm of the closing table"
@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", type=Path, help="where to (default: checkpoints/MODEL)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="TensorBoard's folder")
     parser.add_argument("--weights", default="none", help="none, DEFAULT or a file (testbed only)")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted training")
     args = parser.parse_args(argv)
     if args.online_steps < 0:
         parser.error(f"--online-steps: expected 0 or more, got {args.online_steps}")
@@ -49,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         cluster=args.cluster,
         weights=args.weights,
         live_intervals=args.live_intervals,
+        resume=args.resume,
     )
     pipeline.run()
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,20 +12,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from executor.arguments import Parser
 from executor.errors import ConfigError, SplitpilotError
 
 __all__ = ["CHECKPOINTS", "Parser", "model_argument", "progress", "run_command"]
 
+# What writing meets on a full or read-only disk, in a library's hands too (TensorBoard's files).
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, with exit code 2."""
-
-    def error(self, message: str) -> None:  # type: ignore[override]  # it never returns
-        """Print the message and leave."""
-        print(f"{self.prog}: {message}", file=sys.stderr)
-        raise SystemExit(2)
 
 
 def model_argument(name: str) -> str:
@@ -65,6 +60,13 @@ def run_command(main: Callable[[], int]) -> int:
         return 2
     except SplitpilotError as error:
         print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        print(
+            f"error: cannot write {error.filename or 'a file'}: {error.strerror}", file=sys.stderr
+        )
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

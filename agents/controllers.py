@@ -125,7 +125,7 @@ class Static:
 
 
 class Solver:
-    """Queue-aware: the candidate whose predicted cost is lowest (`CostModel.predict`).
+    """Queue-aware: of the plans that can be served, that of lowest predicted cost.
 
     Hops that nothing measured for a while are probed (`idle_probes`).
     """
@@ -139,7 +139,10 @@ class Solver:
 
     def decide(self, state: SystemState, last: StepResult | None = None) -> Decision:
         """The cheapest candidate per environment."""
-        best = self._model.predict(state).cost.argmin(axis=1)
+        cost, usable = self._model.predict(state).cost, self._model.usable(state)
+        if usable is not None:
+            cost = np.where(usable, cost, np.inf)
+        best = cost.argmin(axis=1)
         return Decision(self._model.table.cuts[best], idle_probes(state, self._model.scenario))
 
 

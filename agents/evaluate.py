@@ -74,11 +74,7 @@ def _main(args: argparse.Namespace) -> int:
     if len(result["by_rate"]) > 1:
         console.print(table(f"{args.model}, {args.backend}, all rates", result["arms"]))
     if args.json is not None:
-        text = json.dumps(result, indent=1, allow_nan=False) + "\n"
-        try:
-            write_atomic(args.json, text.encode())
-        except OSError as error:
-            raise ConfigError(f"cannot write {args.json}: {error}") from error
+        write_atomic(args.json, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
     if args.plot is not None:
         plot(result, args.plot)
     return 0

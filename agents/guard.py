@@ -93,6 +93,8 @@ class GuardedController:
 
     def _check(self, state: SystemState) -> str:
         settings = self._settings
+        if not state.node_up.all():
+            return "node down"
         arrays = (state.bytes_per_s, state.rtt_s, state.node_load, state.node_backlog_s)
         if not all(np.isfinite(a).all() for a in arrays):
             return "state is not finite"
@@ -134,4 +136,4 @@ def _finite(state: SystemState) -> SystemState:
         name: np.nan_to_num(getattr(state, name), nan=value, posinf=value, neginf=value)
         for name, value in fill.items()
     }
-    return SystemState(cuts=state.cuts, **values)
+    return SystemState(cuts=state.cuts, node_up=state.node_up, **values)

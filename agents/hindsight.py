@@ -65,7 +65,7 @@ class HindsightSettings:
         learning_rate: Adam's.
     """
 
-    rounds: int = 16
+    rounds: int = 20
     n_envs: int = 128
     intervals: int = 60
     every: int = 3

@@ -207,7 +207,9 @@ def open_cluster(
         plans = candidate_plans(profile.spec, profile.n_nodes)
         profile = calibrate(client, profile, spread(plans, 8))
         system = LiveSystem(
-            CostModel(profile, scenario, references), client, source or random_inputs()
+            CostModel(profile, scenario, references, direct=cluster.direct_links),
+            client,
+            source or random_inputs(),
         )
         try:
             yield system

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -18,12 +19,14 @@ from agents.finetuning import FinetuneSettings, finetune
 from agents.nodes import open_cluster, open_testbed
 from agents.policy import ResidualSolverPolicy
 from agents.report import TABLE_WIDTH, table
+from agents.resume import FILE_NAME, ResumePoint
 from agents.runtime import Checkpoint
 from agents.training import TrainingSettings, to_checkpoint, train_policy
 from env.live import LiveSystem
 from env.predict import CostModel
 from env.scenario import Scenario
 from env.simulator import Simulator
+from executor.errors import ConfigError
 
 __all__ = ["Pipeline"]
 
@@ -46,6 +49,7 @@ class Pipeline:
         cluster: Cluster file; None starts the testbed.
         weights: The model's weights on the testbed.
         live_intervals: Intervals per arm of the short table measured on the nodes.
+        resume: Go on with an interrupted training of the same settings, if there is one.
     """
 
     model_name: str
@@ -57,13 +61,15 @@ class Pipeline:
     cluster: Path | None = None
     weights: str = "none"
     live_intervals: int = 15
+    resume: bool = False
     console: Console = field(default_factory=Console)
 
     def run(self) -> Checkpoint:
         """Do all of it; the checkpoint is written after training and again after fine-tuning."""
         say = self.console.print
         self.console.width = max(self.console.width, TABLE_WIDTH)
-        with self._open() as system:
+        point = self._resume_point()
+        with self._open(point) as system:
             profile = system.model.profile
             edge = system.model.references
             say(
@@ -72,20 +78,52 @@ class Pipeline:
                 f"{len(system.model.plans)} candidate plans; best static capacity "
                 f"{system.model.capacity_rps:.1f} requests/s"
             )
-            policy, checkpoint = self._train(system.model)
-            checkpoint.save(self.directory)
+            model = point.cost_model() or system.model
+            if model.profile.shape_digest() != profile.shape_digest():
+                raise ConfigError(
+                    f"{point.path} is of a training on {model.profile.n_nodes} nodes with other "
+                    f"units than the running ones; train without --resume"
+                )
+            policy, checkpoint = self._train(model, point)
+            checkpoint.save(self.directory, self._policy_zip())
             if self.online_steps:
                 checkpoint = self._finetune(policy, system, checkpoint)
-                checkpoint.save(self.directory)
+                checkpoint.save(self.directory, self._policy_zip())
+            point.remove()
             self._measure(system, checkpoint)
         say(f"checkpoint: {self.directory}   curves: tensorboard --logdir {self.log_dir.parent}")
         return checkpoint
 
+    def _resume_point(self) -> ResumePoint:
+        """Where this training can be resumed; what was saved is loaded if that is wanted."""
+        point = ResumePoint(
+            self.directory / FILE_NAME,
+            self.model_name,
+            self.scenario,
+            {
+                "training": asdict(self.training),
+                "nodes": "testbed" if self.cluster is None else "cluster",
+                "weights": self.weights,
+            },
+        )
+        if self.resume:
+            found = point.load()
+            after = f"resuming {point.path} after {point.steps:,} steps"
+            self.console.print(after if found else f"no {point.path}: training from the start")
+        return point
+
     @contextmanager
-    def _open(self) -> Iterator[LiveSystem]:
+    def _open(self, point: ResumePoint) -> Iterator[LiveSystem]:
+        resumed = point.cost_model()
         with self.console.status("starting, profiling and calibrating the nodes"):
             if self.cluster is None:
-                opened = open_testbed(self.model_name, self.scenario, weights=self.weights)
+                opened = open_testbed(
+                    self.model_name,
+                    self.scenario,
+                    profile=resumed.profile if resumed else None,
+                    references=resumed.references if resumed else None,
+                    weights=self.weights,
+                )
             else:
                 opened = open_cluster(self.cluster, self.model_name, self.scenario)
             system = opened.__enter__()
@@ -94,7 +132,9 @@ class Pipeline:
         finally:
             opened.__exit__(None, None, None)
 
-    def _train(self, model: CostModel) -> tuple[ResidualSolverPolicy, Checkpoint]:
+    def _train(
+        self, model: CostModel, point: ResumePoint
+    ) -> tuple[ResidualSolverPolicy, Checkpoint]:
         with progress(self.console) as bar:
             tasks = {
                 phase: bar.add_task(f"simulator: {phase}", total=None, note="")
@@ -105,9 +145,8 @@ class Pipeline:
                 note = f"cost {best:.3f} x the solver's" if best < float("inf") else ""
                 bar.update(tasks[phase], completed=done, total=total, note=note)
 
-            result = train_policy(model, self.training, self.log_dir, report)
+            result = train_policy(model, self.training, self.log_dir, report, point)
         self._ppo = result.ppo
-        self._save_ppo()
         policy = result.ppo.policy
         assert isinstance(policy, ResidualSolverPolicy)
         table_, results = self._simulate(model, result.checkpoint)
@@ -120,12 +159,11 @@ class Pipeline:
         }
         return policy, replace(result.checkpoint, metadata=metadata)
 
-    def _save_ppo(self) -> None:
-        """Write SB3's form of the policy aside, then rename it."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        aside = self.directory / ".policy.zip.part"
-        self._ppo.save(aside)
-        aside.rename(self.directory / "policy.zip")
+    def _policy_zip(self) -> bytes:
+        """SB3's form of the policy."""
+        buffer = io.BytesIO()
+        self._ppo.save(buffer)
+        return buffer.getvalue()
 
     def _simulate(self, model: CostModel, checkpoint: Checkpoint) -> tuple[Any, dict[str, Any]]:
         """Arms on held-out conditions of the simulator."""
@@ -169,7 +207,6 @@ class Pipeline:
         self.console.print(f"fine-tuned / trained cost (mean, low, high): {ratio}; {kept}")
         if result.promoted:
             self._ppo.policy.load_state_dict(result.policy.state_dict())
-            self._save_ppo()
         metadata = {
             **checkpoint.metadata,
             "finetuning": {

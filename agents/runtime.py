@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import logging
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +19,16 @@ from env.cost import References
 from env.predict import CostModel
 from env.state import Encoder, SystemState, idle_probes
 from executor.errors import ConfigError
+from executor.files import write_together
 from executor.plan import Plan
-from executor.profile import Profile, write_atomic
+from executor.profile import Profile
 
 if TYPE_CHECKING:
     from env.system import StepResult
 
-__all__ = ["Checkpoint", "PolicyController", "PolicyNetwork"]
+__all__ = ["Checkpoint", "PolicyController", "PolicyNetwork", "metadata_text"]
+
+log = logging.getLogger(__name__)
 
 F32 = NDArray[np.float32]
 FORMAT_VERSION = 1
@@ -77,8 +83,15 @@ class Checkpoint:
     arrays: dict[str, F32]
     metadata: dict[str, Any]
 
-    def save(self, directory: Path) -> None:
-        """Write policy.npz, profile.json and metadata.json, each aside and then renamed."""
+    def save(self, directory: Path, policy_zip: bytes | None = None) -> None:
+        """Write policy.npz, profile.json, metadata.json and, if given, policy.zip.
+
+        All are written aside before the first is renamed; metadata.json, which holds the others'
+        digests, comes last.
+
+        Raises:
+            ConfigError: They cannot be written; what was there stays.
+        """
         buffer = io.BytesIO()
         np.savez_compressed(buffer, allow_pickle=False, **{k: self.arrays[k] for k in ARRAYS})
         meta = {
@@ -89,19 +102,21 @@ class Checkpoint:
             "references": asdict(self.references),
             **self.metadata,
         }
-        write_atomic(directory / "policy.npz", buffer.getvalue())
-        self.profile.save(directory / "profile.json")
-        write_atomic(directory / "metadata.json", (json.dumps(meta, indent=1) + "\n").encode())
+        files = {"policy.npz": buffer.getvalue(), "profile.json": self.profile.to_json().encode()}
+        if policy_zip is not None:
+            files["policy.zip"] = policy_zip
+        files["metadata.json"] = metadata_text(meta, files)
+        write_together({directory / name: data for name, data in files.items()})
 
     @classmethod
     def load(cls, directory: Path, model: str | None = None) -> Checkpoint:
         """Read a checkpoint.
 
         Raises:
-            ConfigError: Missing, unreadable, or made for another model or profile shape.
+            ConfigError: Missing, damaged, or made for another model or profile shape.
         """
         try:
-            metadata = json.loads((directory / "metadata.json").read_text())
+            metadata = _read_verified(directory)
             profile = Profile.load(directory / "profile.json")
             with np.load(directory / "policy.npz", allow_pickle=False) as file:
                 arrays = {k: file[k] for k in ARRAYS}
@@ -135,6 +150,47 @@ class Checkpoint:
             )
 
 
+def metadata_text(metadata: dict[str, Any], files: Mapping[str, bytes]) -> bytes:
+    """metadata.json's content, with the SHA-256 of these files and of the metadata itself."""
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    digests["metadata.json"] = _metadata_digest(metadata)
+    return (json.dumps({**metadata, "sha256": digests}, indent=1) + "\n").encode()
+
+
+def _metadata_digest(metadata: dict[str, Any]) -> str:
+    """SHA-256 of the metadata without its digests, independent of spaces and order."""
+    plain = {key: value for key, value in metadata.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def _read_verified(directory: Path) -> dict[str, Any]:
+    """Read metadata.json, and hold it and the files beside it against its digests."""
+    path = directory / "metadata.json"
+    try:
+        metadata = json.loads(path.read_text())
+        digests = metadata.get("sha256")
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"checkpoint file {path} is damaged: {error}") from error
+    if digests is None:
+        log.warning("checkpoint %s holds no digests: its files are not verified", directory)
+        return dict(metadata)
+    if not isinstance(digests, dict):
+        raise ConfigError(f"checkpoint file {path} is damaged: sha256 is no table")
+    for name in ("metadata.json", "policy.npz", "profile.json", "policy.zip"):
+        if name == "metadata.json":
+            found = _metadata_digest(metadata)
+        elif name == "policy.zip" and not (name in digests and (directory / name).exists()):
+            continue  # only further training needs it
+        else:
+            found = hashlib.sha256((directory / name).read_bytes()).hexdigest()
+        if found != digests.get(name):
+            raise ConfigError(
+                f"checkpoint file {directory / name} is damaged or was changed: its SHA-256 is not "
+                f"the one in metadata.json; restore it, or make a new one with train.py"
+            )
+    return dict(metadata)
+
+
 class PolicyController:
     """The deployed policy as a controller.
 
@@ -161,8 +217,11 @@ class PolicyController:
         self._history = self._encoder.new_history(batch)
 
     def decide(self, state: SystemState, last: StepResult | None = None) -> Decision:
-        """The plan of highest logit per environment."""
+        """Of the plans that can be served, that of highest logit per environment."""
         self._history = self._encoder.push(self._history, state)
         logits = self.network.logits(self._encoder.observe(self._history, state))
+        usable = self._model.usable(state)
+        if usable is not None:
+            logits = np.where(usable, logits, -np.inf)
         best = logits.argmax(axis=1)
         return Decision(self._model.table.cuts[best], idle_probes(state, self._model.scenario))

@@ -19,6 +19,7 @@ from stable_baselines3.common.logger import HParam
 from agents.controllers import Controller, Solver
 from agents.hindsight import HindsightSettings, learn_from_hindsight
 from agents.policy import ResidualSolverPolicy, export_arrays, policy_kwargs
+from agents.resume import ResumePoint
 from agents.runtime import Checkpoint, PolicyController
 from env.cost import Cost
 from env.predict import CostModel
@@ -45,7 +46,7 @@ class TrainingSettings:
         rollout: Steps per environment between two updates.
         batch_size: Minibatch of an update.
         epochs: Passes over a rollout.
-        learning_rate: Adam's, decayed linearly to a tenth.
+        learning_rate: PPO's Adam's, decayed linearly to a tenth.
         gamma: Discount per second; scaled to the scenario's interval.
         gae_lambda: Generalised advantage estimation's lambda.
         entropy: Entropy bonus.
@@ -59,13 +60,13 @@ class TrainingSettings:
     """
 
     hindsight: HindsightSettings = field(default_factory=HindsightSettings)
-    steps: int = 1_500_000
+    steps: int = 600_000
     n_envs: int = 256
     copies: int = 8
     rollout: int = 32
     batch_size: int = 2048
     epochs: int = 4
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     gamma: float = 0.9
     gae_lambda: float = 0.9
     entropy: float = 0.0
@@ -171,6 +172,20 @@ class _Validation(BaseCallback):
             self.best = ratio
             self.best_weights = {k: v.clone() for k, v in policy.state_dict().items()}
 
+    def state(self) -> dict[str, Any]:
+        """What an interrupted training needs of this, as plain values and tensors."""
+        return {
+            "history": self.history,
+            "best": self.best,
+            "best_weights": self.best_weights,
+            "next": self._next,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`."""
+        self.history, self.best = list(state["history"]), state["best"]
+        self.best_weights, self._next = state["best_weights"], state["next"]
+
     def _on_training_start(self) -> None:
         self.logger.record(
             "hparams",
@@ -211,6 +226,7 @@ def train_policy(
     settings: TrainingSettings,
     log_dir: Path | None = None,
     report: Report = lambda phase, done, total, best: None,
+    resume: ResumePoint | None = None,
 ) -> TrainingResult:
     """Train the residual policy and return the weights that validated best.
 
@@ -220,6 +236,7 @@ def train_policy(
         log_dir: Where TensorBoard's files go; None writes none.
         report: Called after every round and every rollout with the phase's name, how much of it is
             done, how much there is, and the best cost ratio to the solver so far.
+        resume: Where to save what an interrupted training needs; if that was loaded, go on there.
     """
     torch.manual_seed(settings.seed)
     env = SimulatorVecEnv(
@@ -253,21 +270,35 @@ def train_policy(
     )
     validation = _Validation(model, settings, report)
     started = time.monotonic()
-    torch.set_num_threads(1)  # the lessons' batches are too small for two
-    assert isinstance(ppo.policy, ResidualSolverPolicy)
-    learn_from_hindsight(
-        ppo.policy,
-        model,
-        settings.rates,
-        settings.seed,
-        settings.hindsight,
-        lambda done: report("hindsight", done, settings.hindsight.rounds, float("inf")),
-    )
+    if resume is None or not resume.steps:
+        torch.set_num_threads(1)  # the lessons' batches are too small for two
+        assert isinstance(ppo.policy, ResidualSolverPolicy)
+        learn_from_hindsight(
+            ppo.policy,
+            model,
+            settings.rates,
+            settings.seed,
+            settings.hindsight,
+            lambda done: report("hindsight", done, settings.hindsight.rounds, float("inf")),
+        )
     torch.set_num_threads(settings.threads)
-    ppo_started = time.monotonic()
-    ppo.learn(settings.steps, callback=validation, tb_log_name="simulator")
+    callbacks: list[BaseCallback] = [validation]
+    saved = None
+    if resume is not None:
+        callbacks.append(resume.saver(model, env, validation.state))
+        saved = resume.restore(ppo, env)
+        if saved is not None:
+            validation.restore(saved)
+    ppo_started, steps_before = time.monotonic(), ppo.num_timesteps
+    ppo.learn(
+        settings.steps - steps_before,
+        callback=callbacks,
+        tb_log_name="simulator",
+        reset_num_timesteps=saved is None,
+    )
     validation.validate()
     ended = time.monotonic()
+    elapsed = ended - started + (resume.elapsed_s if resume else 0.0)
     torch.set_num_threads(1)
     ppo.policy.load_state_dict(validation.best_weights)
     policy = ppo.policy
@@ -276,7 +307,7 @@ def train_policy(
         "training": {
             **asdict(settings),
             "steps_done": ppo.num_timesteps,
-            "seconds": round(ended - started, 1),
+            "seconds": round(elapsed, 1),
             "validation_cost_ratio_to_solver": validation.best,
         }
     }
@@ -285,5 +316,5 @@ def train_policy(
         ppo=ppo,
         checkpoint=to_checkpoint(model, policy, metadata),
         validation=validation.history,
-        steps_per_s=ppo.num_timesteps / (ended - ppo_started),
+        steps_per_s=(ppo.num_timesteps - steps_before) / (ended - ppo_started),
     )

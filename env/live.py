@@ -313,6 +313,7 @@ class LiveSystem:
             in_flight=np.array([float(len(self._open))]),
             cuts=self._cuts.copy(),
             latency_ratio=np.array([self._latency_ratio]),
+            node_up=np.array([[not (k in status and status[k].down) for k in range(n_nodes)]]),
         )
 
 

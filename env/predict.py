@@ -7,7 +7,7 @@ slowest station.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -29,6 +29,7 @@ __all__ = ["CostModel", "PlanTable", "Prediction"]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
+Mask = NDArray[np.bool_]
 MAX_UTILISATION = np.float32(0.95)
 CACHED_NUMBERS = 32768
 
@@ -74,6 +75,7 @@ class CostModel:
         scenario: Weights, interval, bounds, the constrained rule.
         references: Units of the cost; from `profile` when None.
         horizon_intervals: How far ahead queues are looked at, in intervals.
+        direct: The nodes' direct links, from node -> to node (`executor.plan.find_route`).
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class CostModel:
         scenario: Scenario,
         references: References | None = None,
         horizon_intervals: float = 1.5,
+        direct: Mapping[int, int] | None = None,
     ) -> None:
         if profile.n_nodes != scenario.n_nodes:
             raise ConfigError(
@@ -95,6 +98,8 @@ class CostModel:
         mask = plan_mask(every, profile.spec, constrained=scenario.constrained)
         self.plans = tuple(p for p, ok in zip(every, mask, strict=True) if ok)
         self.table = PlanTable(profile, self.plans)
+        self._direct = dict(direct or {})
+        self._usable: dict[bytes, Mask] = {}
         self.horizon_s = horizon_intervals * scenario.interval_s
         self._lay_out(profile)
         self.capacity_rps = self._capacity()
@@ -141,6 +146,24 @@ class CostModel:
     def rate_rps(self) -> float:
         """The scenario's mean arrival rate, requests/s."""
         return self.scenario.rate_rps or self.scenario.capacity_fraction * self.capacity_rps
+
+    def usable(self, state: SystemState) -> Mask | None:
+        """Which plans can be served with the nodes that are up, [B, A]; None: all, everywhere.
+
+        The one mask of every controller; the rule is `executor.plan.plan_mask`. Where no plan is
+        left (the first node is down) all count as usable: none is better than another.
+        """
+        if state.node_up.all():
+            return None
+        return np.array([self._usable_row(row) for row in state.node_up])
+
+    def _usable_row(self, node_up: Mask) -> Mask:
+        key = node_up.tobytes()
+        if key not in self._usable:
+            down = np.flatnonzero(~node_up).tolist()
+            mask = plan_mask(self.plans, self.profile.spec, down=down, direct=self._direct)
+            self._usable[key] = np.array(mask if any(mask) else [True] * len(mask))
+        return self._usable[key]
 
     def predict(self, state: SystemState) -> Prediction:
         """Predict each candidate's cost per request over the coming horizon.

@@ -5,7 +5,7 @@ The simulator, the real environment and deployment all build `SystemState` and e
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ __all__ = ["HISTORY", "Encoder", "SystemState", "idle_probes"]
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
+Mask = NDArray[np.bool_]
 
 HISTORY = 8
 MAX_EXCESS = 10.0
@@ -41,6 +42,8 @@ class SystemState:
         in_flight: [B] requests outstanding.
         cuts: [B, H] the current plan.
         latency_ratio: [B] last interval's mean observed latency / predicted (1 where unknown).
+        node_up: [B, N] whether the node can be used; all of them where it is not given. It masks
+            plans (`CostModel.usable`) and is no part of the observation.
     """
 
     bytes_per_s: F64
@@ -53,6 +56,11 @@ class SystemState:
     in_flight: F64
     cuts: I64
     latency_ratio: F64
+    node_up: Mask = field(default_factory=lambda: np.ones((0, 0), dtype=np.bool_))
+
+    def __post_init__(self) -> None:
+        if not self.node_up.size:
+            self.node_up = np.ones(self.node_load.shape, dtype=np.bool_)
 
     @property
     def batch(self) -> int:

@@ -91,7 +91,31 @@ class SimulatorVecEnv(VecEnv):
             self._reset_seeds()
         return self._start()
 
+    def snapshot(self) -> dict[str, Any]:
+        """What `restore` needs to come back to this moment: plain values and an array.
+
+        Not the simulator's state but what led to it: the generator's state (`rng`) when the
+        episode began, and the actions since (`actions`, [T, B]).
+        """
+        actions = np.stack(self._taken) if self._taken else np.zeros((0, self.num_envs), np.int64)
+        return {"rng": self._rng_at_start, "actions": actions}
+
+    def restore(self, snapshot: dict[str, Any]) -> F32:
+        """Come back to a snapshot of an environment made alike, bit for bit.
+
+        Runs the episode's beginning again. Returns the observations [B, size].
+        """
+        self._reset_seeds()
+        self._rng.bit_generator.state = snapshot["rng"]
+        observation = self._start()
+        for actions in np.asarray(snapshot["actions"]):
+            self.step_async(actions)
+            observation = np.asarray(self.step_wait()[0], dtype=np.float32)
+        return observation
+
     def _start(self) -> F32:
+        self._rng_at_start = self._rng.bit_generator.state
+        self._taken: list[NDArray[np.int64]] = []
         rate = self._draw_rates(self.num_envs)
         if rate is not None:
             self.simulator.set_rates(rate)
@@ -104,10 +128,11 @@ class SimulatorVecEnv(VecEnv):
 
     def step_async(self, actions: NDArray[Any]) -> None:
         """Keep the actions [B] for `step_wait`."""
-        self._actions = np.asarray(actions, dtype=np.int64)
+        self._actions = np.array(actions, dtype=np.int64)
 
     def step_wait(self) -> VecEnvStepReturn:
         """Run one interval; returns observations, rewards, dones and infos."""
+        self._taken.append(self._actions)
         cuts = self.model.table.cuts[self._actions]
         probes = idle_probes(self._state, self.model.scenario)
         result = self.simulator.step(cuts, probes)

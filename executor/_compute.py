@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import logging
 import threading
 import time
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from executor._fairness import FairBuffer
 from executor.errors import SplitpilotError
 from executor.model import UnitChain
 from executor.pacing import Pacer
@@ -64,53 +64,53 @@ class FairQueue:
         """Set the bound on queued jobs, all clients together."""
         self._bound = bound
         self._ready = threading.Condition()
-        self._clients: collections.OrderedDict[bytes, collections.deque[Job]] = (
-            collections.OrderedDict()
-        )
-        self._length = 0
+        self._jobs: FairBuffer[Job] = FairBuffer()
         self._closed = False
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._jobs)
 
-    def put(self, job: Job) -> bool:
-        """Queue a job; False if the bound is reached or the queue is closed."""
+    def put(self, job: Job) -> Job | None:
+        """Queue a job; returns the job that is refused instead, or for which there is no room.
+
+        None if there was room. At the bound that is the newest job of the client which has had
+        the most, or else `job` itself (`FairBuffer.displace`).
+        """
         with self._ready:
-            if self._closed or self._length >= self._bound:
-                return False
-            self._clients.setdefault(job.header.client, collections.deque()).append(job)
-            self._length += 1
+            if self._closed:
+                return job
+            displaced = None
+            if len(self._jobs) >= self._bound:
+                displaced = self._jobs.displace(job.header.client)
+                if displaced is None:
+                    return job
+            self._jobs.put(job.header.client, job)
             self._ready.notify()
-            return True
+            return displaced
 
     def get(self) -> Job | None:
         """The next job, waiting for one; None once the queue is closed."""
         with self._ready:
-            while not self._length and not self._closed:
+            while not self._jobs and not self._closed:
                 self._ready.wait()
-            if self._closed:
-                return None
-            client, jobs = next(iter(self._clients.items()))
-            job = jobs.popleft()
-            self._length -= 1
-            if jobs:
-                self._clients.move_to_end(client)
-            else:
-                del self._clients[client]
-            return job
+            return None if self._closed else self._jobs.take()
+
+    def discard(self, client: bytes, seq: int) -> None:
+        """Take a request's job out, if it still queues."""
+        with self._ready:
+            self._jobs.discard(client, lambda job: job.header.seq == seq)
 
     def close(self) -> None:
         """Forget what is queued and let `get` return None."""
         with self._ready:
             self._closed = True
-            self._clients.clear()
-            self._length = 0
+            self._jobs.clear()
             self._ready.notify_all()
 
     def snapshot(self) -> list[Job]:
         """The queued jobs, in no particular order."""
         with self._ready:
-            return [job for jobs in self._clients.values() for job in jobs]
+            return self._jobs.items()
 
 
 class WorkEstimate:

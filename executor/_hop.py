@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from executor._outbox import Outbox, Parts
 from executor.link import ClockOffset, PassiveEstimator
 from executor.wire import Header, HopStamp, Kind, StageStamp, array_body, pack
 
 __all__ = ["Hop", "Parts", "ProbeRun", "localise"]
 
-Parts = list[bytes | memoryview]
+Key = tuple[bytes, int, int]
 
 _PING_PERIOD_S = 0.5
 _FIRST_PINGS = 8
@@ -26,6 +27,11 @@ _FIRST_PING_PERIOD_S = 0.05
 _PING_LOST_S = 1.0
 _MAX_OUTBOX = 1024
 _PROBE_LOST_S = 60.0
+_MAX_PROBES = 64
+_STUCK_S = 4.0
+# Six of the neighbour's heartbeats.
+_SILENT_S = 0.6
+_SLOWEST_BYTES_PER_S = 5000.0
 
 
 @dataclass(slots=True)
@@ -44,19 +50,30 @@ class Hop:
     """What a node (or the client) knows of the hop to its next neighbour.
 
     Attributes:
-        outbox: Messages to send, oldest first; the owner takes them out.
+        target: The neighbour's place in the chain.
+        connected: Whether the owner's socket is connected to it; None as long as that is not known.
+        outbox: Messages to send; the owner takes them out.
+        lost: Requests found lost on the way, as (client, seq, try); the owner takes them out.
         rate: Passive bandwidth estimate from acknowledged frames.
         clock: Offset of the neighbour's clock to ours, and the least round trip.
     """
 
-    def __init__(self, own_id: bytes) -> None:
+    def __init__(self, own_id: bytes, target: int = 0) -> None:
         """Start with nothing known; `own_id` (16 bytes) marks this sender's own pings."""
-        self.outbox: collections.deque[Parts] = collections.deque()
+        self.target = target
+        self.connected: bool | None = None
+        self.outbox = Outbox(self._on_handed)
+        self.lost: list[Key] = []
         self.rate = PassiveEstimator()
         self.clock = ClockOffset()
         self._own_id = own_id
         self._seq = 0
-        self._unacked: collections.deque[tuple[bytes, int, int, float]] = collections.deque()
+        # In the order of sending: the first `_handed` have been sent, the rest waits in the outbox.
+        self._handed = 0
+        self._unacked: collections.deque[tuple[Key, int, float]] = collections.deque()
+        self._moved_s = float("-inf")
+        self._heard_s = float("-inf")
+        self._new_clock = False
         self._ping_seq = -1
         self._ping_sent_s = float("-inf")
         self._pings = 0
@@ -71,7 +88,7 @@ class Hop:
     @property
     def backlog_frames(self) -> int:
         """Requests handed to the hop and not acknowledged."""
-        return sum(1 for entry in self._unacked if entry[2])
+        return sum(1 for _, n_bytes, _ in self._unacked if n_bytes)
 
     @property
     def one_way_s(self) -> float:
@@ -80,8 +97,12 @@ class Hop:
 
     def send(self, header: Header, body: memoryview | None, now_s: float) -> None:
         """Queue a request or ping, and count it until it is acknowledged."""
-        self._put(header, body)
-        self._unacked.append((header.client, header.seq, header.body_bytes, now_s))
+        parts: Parts = [pack(header)] if body is None else [pack(header), body]
+        if header.kind is Kind.INFER:
+            self.outbox.add_request(header, parts)
+        else:
+            self.outbox.append(parts, header)
+        self._unacked.append((_key(header), header.body_bytes, now_s))
         self.rate.on_sent(header.body_bytes, now_s)
 
     def forward(self, header: Header, body: memoryview | None) -> None:
@@ -91,27 +112,57 @@ class Hop:
         has a deadline and asks again.
         """
         if len(self.outbox) < _MAX_OUTBOX:
-            self._put(header, body)
+            self.outbox.append([pack(header)] if body is None else [pack(header), body])
 
-    def _put(self, header: Header, body: memoryview | None) -> None:
-        self.outbox.append([pack(header)] if body is None else [pack(header), body])
+    def displace(self, client: bytes) -> Header | None:
+        """Make room for a request of `client`: returns that of a greedier client which lost its.
+
+        None if there is none, or all are on their way already.
+        """
+        displaced = self.outbox.displace(client)
+        if displaced is not None:
+            position = self._position(displaced)
+            if position is not None:
+                del self._unacked[position]
+                self._recount()
+        return displaced
+
+    def _on_handed(self, header: Header) -> None:
+        """A request or ping was sent: it may have overtaken others in the outbox."""
+        position = self._position(header)
+        if position is None or position < self._handed:
+            return
+        if position > self._handed:
+            entry = self._unacked[position]
+            del self._unacked[position]
+            self._unacked.insert(self._handed, entry)
+            self._recount()
+        self._handed += 1
+
+    def _position(self, header: Header) -> int | None:
+        key = _key(header)
+        return next((i for i, e in enumerate(self._unacked) if e[0] == key), None)
+
+    def _recount(self) -> None:
+        """Give the estimator the order in which acknowledgements will come."""
+        self.rate.on_lost()
+        for _, n_bytes, sent_s in self._unacked:
+            self.rate.on_sent(n_bytes, sent_s)
 
     def on_ack(self, header: Header, now_s: float) -> None:
         """Take an ACK or PONG: the neighbour has the frame, and all frames before it.
 
-        Those before it that were never acknowledged were lost with a connection.
+        Those before it that were never acknowledged were lost, with a connection or damaged.
         """
-        key = (header.client, header.seq)
-        position = next((i for i, e in enumerate(self._unacked) if e[:2] == key), None)
+        position = self._position(header)
         if position is None:
             return
         if position > 0:
-            for _ in range(position):
-                self._unacked.popleft()
-            self.rate.on_lost()
-            for _, _, n_bytes, sent_s in self._unacked:
-                self.rate.on_sent(n_bytes, sent_s)
+            self.lost += [self._unacked.popleft()[0] for _ in range(position)]
+            self._recount()
         self._unacked.popleft()
+        self._moved_s = now_s
+        self._handed = max(0, self._handed - position - 1)
         self.rate.on_ack(self.clock.to_local(header.clock_s[1]), now_s)
 
     def on_pong(self, header: Header, now_s: float) -> ProbeRun | None:
@@ -121,6 +172,8 @@ class Hop:
         sent_s, received_s, replied_s = header.clock_s
         if header.seq == self._ping_seq:
             self._ping_seq = -1
+            if self._new_clock:  # its machine may have started anew, and its clock with it
+                self.clock, self._new_clock = ClockOffset(), False
             self.clock.add(sent_s, received_s, replied_s, now_s)
         self.on_ack(header, now_s)
         probe = self._probe
@@ -132,14 +185,61 @@ class Hop:
         self._send_probe(probe, now_s)
         return None
 
-    def probe(self, run: ProbeRun, now_s: float) -> None:
-        """Begin a probe, after those already under way."""
+    def probe(self, run: ProbeRun, now_s: float) -> bool:
+        """Begin a probe, after those already under way; False if too many of them wait."""
+        if len(self._probes) >= _MAX_PROBES:
+            return False
         self._probes.append(run)
         if self._probe is None:
             self._next_probe(now_s)
+        return True
+
+    def stalled_s(self, now_s: float) -> float:
+        """For how long nothing has got across while something waits for its acknowledgement."""
+        return now_s - max(self._unacked[0][2], self._moved_s) if self._unacked else 0.0
+
+    def on_heard(self, now_s: float) -> None:
+        """Something came back over the link."""
+        self._heard_s = now_s
+
+    def is_up(self, now_s: float) -> bool | None:
+        """Whether the link is connected and not silent; None as long as that is not known."""
+        if self.connected is None:
+            return None
+        return self.connected and now_s - self._heard_s <= _SILENT_S
+
+    def is_stuck(self, now_s: float) -> bool:
+        """Whether the connection is beyond hope: slower than any hop this is meant for.
+
+        A damaged length makes the receiver wait for bytes that never come, while heartbeats still
+        come back; only a new connection helps.
+        """
+        hopeless_s = _STUCK_S + self.backlog_bytes / _SLOWEST_BYTES_PER_S
+        return self.stalled_s(now_s) > hopeless_s
+
+    def on_disconnected(self) -> list[ProbeRun]:
+        """Forget what was under way, all of it lost; returns the probes that end with it."""
+        self.connected = False
+        self.outbox.clear()
+        self._unacked.clear()
+        self._handed = 0
+        self.rate.on_lost()
+        ended = [*([self._probe] if self._probe else []), *self._probes]
+        self._probe = None
+        self._probes.clear()
+        return ended
+
+    def on_connected(self, now_s: float) -> None:
+        """Ping at once: the neighbour may be another process, which tells only those it knows."""
+        self.connected = True
+        self._heard_s = now_s
+        self._new_clock = True
+        self._pings, self._ping_seq, self._ping_sent_s = 0, -1, float("-inf")
 
     def due_s(self) -> float:
-        """When the next ping is due, if the outbox is empty then."""
+        """When the next ping is due, if the outbox is empty then; never while disconnected."""
+        if self.connected is False:
+            return float("inf")
         if self._ping_seq >= 0:
             # Late behind a backlog, or lost with a connection: the node may be back by now.
             return self._ping_sent_s + _PING_LOST_S
@@ -175,6 +275,10 @@ class Hop:
         body = None if payload is None else array_body(header, payload)
         self.send(header, body, now_s)
         return self._seq
+
+
+def _key(header: Header) -> Key:
+    return header.client, header.seq, header.tries
 
 
 def localise(header: Header, hop: int, offset_s: float, one_way_s: float) -> None:

@@ -1,8 +1,11 @@
 """What a node does with each frame, without sockets or torch.
 
 The loop in `executor.node` feeds frames and outcomes in, and sends what the core leaves in `up`
-(towards clients) and in the hop's outbox (down the chain). Nodes hold no routing state but the
-way back to each client, and no plan: every frame carries its own.
+(towards clients) and in the hops' outboxes (down the chain). Nodes hold no routing state but the
+way back of each request, and no plan: every frame carries its own.
+
+A request that comes twice is computed once. A later try (`Header.tries`) replaces an earlier one:
+what queues for that is dropped, and a stage under way is used if both want the same one.
 """
 
 from __future__ import annotations
@@ -11,26 +14,29 @@ import collections
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from executor._compute import FairQueue, Job, Outcome
 from executor._hop import Hop, Parts, ProbeRun, localise
+from executor._limits import PeerLimits, Routes
+from executor._requests import Refusal, check_size, over_rate, short, split, whole
+from executor._ways import Way, Ways
 from executor.energy import Meter
-from executor.errors import ConfigError, WireError
-from executor.plan import ModelSpec, Plan
+from executor.errors import ConfigError, FrameDamaged, WireError
+from executor.plan import ModelSpec, Plan, next_node
 from executor.wire import (
     Header,
     HopStamp,
     Kind,
     StageStamp,
     array_body,
+    attach,
     check_body,
     decode_json,
     encode_json,
     pack,
-    parse_header,
 )
 
 __all__ = ["CoreConfig", "NodeCore"]
@@ -41,7 +47,6 @@ _STATUS_PERIOD_S = 0.1
 # A listener is kept through a frame that takes this long to arrive on a slow hop.
 _LISTENER_KEPT_S = 30.0
 _MAX_LISTENERS = 256
-_MAX_ROUTES = 4096
 _LOG_PERIOD_S = 1.0
 _MAX_PROBE_REPEATS = 100
 _MAX_PROBE_BYTES = 16 * 2**20
@@ -58,7 +63,9 @@ class CoreConfig:
         spec: The model.
         digest: First 8 bytes of the weights' digest.
         max_queue: Requests that may queue for compute, and that may wait on the hop.
-        hello: What the node says of itself in a handshake.
+        hello: What the node says of itself in a handshake; `boot` names its process.
+        direct: The node it has a direct link to, if any.
+        peer_rate_rps: Messages a second taken from one connection in the long run.
     """
 
     index: int
@@ -67,14 +74,8 @@ class CoreConfig:
     digest: bytes
     max_queue: int
     hello: Mapping[str, Any]
-
-
-class _Refusal(Exception):
-    """A request cannot be served; the code and reason go back to the client."""
-
-    def __init__(self, code: str, reason: str) -> None:
-        super().__init__(reason)
-        self.code = code
+    direct: int | None = None
+    peer_rate_rps: float = 2000.0
 
 
 class NodeCore:
@@ -83,8 +84,11 @@ class NodeCore:
     Attributes:
         up: Messages for upstream, each with the peer's identity; the owner takes them out.
         hop: The hop to the next node; None on the last.
+        direct: The direct link, if the node has one.
         bad_frames: Frames that could not be accepted, so far.
         refused: Requests refused over a bound, so far.
+        duplicates: Requests that came again while they were under way, so far.
+        stuck: Links whose connection has to be made anew; the owner takes them out.
     """
 
     def __init__(
@@ -104,13 +108,21 @@ class NodeCore:
         """
         self.config = config
         self.up: collections.deque[tuple[bytes, Parts]] = collections.deque()
-        self.hop = Hop(uuid.uuid4().bytes) if config.index < config.n_nodes - 1 else None
+        last = config.index == config.n_nodes - 1
+        self.hop = None if last else Hop(uuid.uuid4().bytes, config.index + 1)
+        far = config.direct
+        self.direct = None if far is None else Hop(uuid.uuid4().bytes, far)
+        self.links = tuple(link for link in (self.hop, self.direct) if link is not None)
         self.bad_frames = 0
         self.refused = 0
+        self.duplicates = 0
+        self.stuck: list[Hop] = []
         self._jobs = jobs
         self._measure = measure
         self._meter = meter
-        self._routes: collections.OrderedDict[bytes, bytes] = collections.OrderedDict()
+        self._routes = Routes()
+        self._limits = PeerLimits(config.peer_rate_rps)
+        self._ways = Ways()
         self._listeners: dict[bytes, float] = {}
         self._last_received_s = 0.0
         self._next_status_s = 0.0
@@ -120,12 +132,15 @@ class NodeCore:
     def on_upstream(self, identity: bytes, parts: Parts, now_s: float) -> None:
         """Take a message from a client or from the node before this one."""
         try:
-            header, body = _split(parts)
+            header, body = split(parts)
         except WireError as error:
             self._bad_frame(f"from upstream: {error}", now_s)
             return
         self._listen(identity, now_s)
+        admitted = self._limits.admit(identity, now_s)
         if header.kind is Kind.PING:
+            if not admitted:
+                return
             pong = header.reply(Kind.PONG)
             pong.clock_s = (header.clock_s[0], now_s, time.monotonic())
             self.up.append((identity, [pack(pong)]))
@@ -135,38 +150,52 @@ class NodeCore:
         if header.kind not in (Kind.HELLO, Kind.INFER, Kind.PROBE, Kind.PROFILE):
             self._bad_frame(f"{header.kind.name} does not come from upstream", now_s)
             return
-        self._routes[header.client] = identity
-        self._routes.move_to_end(header.client)
-        if len(self._routes) > _MAX_ROUTES:
-            self._routes.popitem(last=False)
+        self._routes.learn(header.client, identity)
         try:
+            if not admitted:
+                raise over_rate(self.config.peer_rate_rps)
+            check_size(header)
             check_body(header, body)
             if header.kind is Kind.INFER:
                 self._infer(identity, header, body, now_s)
             else:
                 self._control(header, body, now_s)
+        except FrameDamaged as error:
+            self._bad_frame(str(error), now_s)
+            self._error(header, "damaged", str(error))
         except WireError as error:
             self._bad_frame(str(error), now_s)
             self._error(header, "bad_body", str(error))
-        except _Refusal as refusal:
-            self.refused += refusal.code == "refused"
-            self._error(header, refusal.code, str(refusal))
+        except Refusal as refusal:
+            self._refuse(header, refusal)
 
-    def on_downstream(self, parts: Parts, now_s: float) -> None:
-        """Take a message from the node after this one."""
-        assert self.hop is not None
+    def on_downstream(self, parts: Parts, now_s: float, link: Hop | None = None) -> None:
+        """Take a message from a node after this one, over the hop unless `link` says otherwise."""
+        link = link or self.hop
+        assert link is not None
+        link.on_heard(now_s)
         try:
-            header, body = _split(parts)
+            header, body = split(parts)
+        except WireError as error:
+            # It may have been the answer to any request that was sent on over this link.
+            self._bad_frame(f"from downstream: {error}", now_s)
+            self._lose(self._ways.over(link), "lost", f"damaged on its way back: {error}", link)
+            return
+        try:
             check_body(header, body)
             if header.kind is Kind.RESULT:
-                self._localise(header)
+                self._localise(header, link)
         except WireError as error:
             self._bad_frame(f"from downstream: {error}", now_s)
+            if header.kind in (Kind.RESULT, Kind.ERROR):
+                self._lose([header], "lost", f"damaged on its way back: {error}", link)
             return
         if header.kind is Kind.ACK:
-            self.hop.on_ack(header, now_s)
+            link.on_ack(header, now_s)
+            self._notice_lost(link)
         elif header.kind is Kind.PONG:
-            ended = self.hop.on_pong(header, now_s)
+            ended = link.on_pong(header, now_s)
+            self._notice_lost(link)
             if ended is not None:
                 self._probe_done(ended)
         elif header.kind is Kind.STATUS:
@@ -182,15 +211,34 @@ class NodeCore:
         else:
             self._bad_frame(f"{header.kind.name} does not come from downstream", now_s)
 
+    def on_link(self, link: Hop, up: bool, now_s: float) -> None:
+        """A link was connected, or its connection broke with all that was under way on it."""
+        if up:
+            link.on_connected(now_s)
+        elif link.connected is not False:
+            for run in link.on_disconnected():
+                self._error(run.request, "hop_down", "the connection broke", link.target)
+            self._lose(self._ways.over(link), "hop_down", "the connection broke", link)
+        self._next_status_s = now_s  # whoever listens should know at once
+
     def on_outcome(self, outcome: Outcome, now_s: float) -> None:
         """Take what the compute thread finished."""
         job, header = outcome.job, outcome.job.header
+        if job.profile_repeats:
+            if outcome.error:
+                self._error(header, "failed", outcome.error)
+            else:
+                self._json_up(header.reply(Kind.PROFILE_REPLY), {"unit_s": list(outcome.unit_s)})
+            return
+        if outcome.output is not None:
+            self._meter.note_work(active_s=outcome.work_s)
+        way = self._ways.get(header)
+        if way is None or way.job is not job:
+            return  # a later try took another way, or an earlier one was answered after all
+        way.job, header = None, way.header
         if outcome.error:
             self._error(header, "failed", outcome.error)
-        elif job.profile_repeats:
-            self._json_up(header.reply(Kind.PROFILE_REPLY), {"unit_s": list(outcome.unit_s)})
         elif outcome.output is not None:
-            self._meter.note_work(active_s=outcome.work_s)
             k = self.config.index
             header.stages[k] = StageStamp(
                 header.stages[k].arrive_s, outcome.start_s, outcome.end_s, outcome.work_s
@@ -202,23 +250,22 @@ class NodeCore:
                 return
             try:
                 self._send_down(header, body, now_s)
-            except _Refusal as refusal:
-                self.refused += 1
-                self._error(header, refusal.code, str(refusal))
+            except Refusal as refusal:
+                self._refuse(header, refusal)
 
     def due_s(self, now_s: float) -> float:
         """Seconds until `tick` has something to do."""
-        due_s = self._next_status_s
-        if self.hop is not None:
-            due_s = min(due_s, self.hop.due_s())
+        due_s = min([self._next_status_s, *(link.due_s() for link in self.links)])
         return max(0.0, due_s - now_s)
 
     def tick(self, now_s: float) -> None:
-        """Do what is due by the clock: STATUS upstream, pings down the hop."""
-        if self.hop is not None:
-            lost = self.hop.tick(now_s)
+        """Do what is due by the clock: STATUS upstream, pings down the links."""
+        for link in self.links:
+            lost = link.tick(now_s)
             if lost is not None:
                 self._error(lost.request, "failed", "the probe got no answer")
+            if link.connected and link.is_stuck(now_s):
+                self.stuck.append(link)
         if now_s < self._next_status_s:
             return
         self._next_status_s = max(self._next_status_s, now_s) + _STATUS_PERIOD_S
@@ -227,13 +274,12 @@ class NodeCore:
                 del self._listeners[identity]
         if self._listeners:
             header = Header(Kind.STATUS, clock_s=(now_s, 0.0, 0.0))
-            body = encode_json(self._status(now_s))
-            header.body_bytes = len(body)
-            self._broadcast(header, memoryview(body))
+            self._broadcast(header, attach(header, encode_json(self._status(now_s))))
 
     def forget(self, identity: bytes) -> None:
         """Drop a peer that cannot be reached any more."""
         self._listeners.pop(identity, None)
+        self._limits.forget(identity)
 
     def _infer(
         self, identity: bytes, header: Header, body: memoryview | None, now_s: float
@@ -245,7 +291,7 @@ class NodeCore:
             ack.clock_s = (header.clock_s[0], now_s, time.monotonic())
             self.up.append((identity, [pack(ack)]))
         if header.digest != self.config.digest:
-            raise _Refusal(
+            raise Refusal(
                 "wrong_model",
                 f"runs weights {self.config.digest.hex()}, asked for {header.digest.hex()}",
             )
@@ -253,73 +299,127 @@ class NodeCore:
             plan = Plan(header.cuts)
             plan.check(spec.n_units, self.config.n_nodes)
         except ConfigError as error:
-            raise _Refusal("bad_plan", str(error)) from None
+            raise Refusal("bad_plan", str(error)) from None
         if k > plan.last_node(spec.n_units):
-            raise _Refusal("bad_plan", f"plan {plan} ends before this node")
+            raise Refusal("bad_plan", f"plan {plan} ends before this node")
         start, stop = plan.stage(k, spec.n_units)
         expected = spec.cut_bytes[start]
         if header.dtype is None or header.dtype.name != "float32" or header.body_bytes != expected:
             got = f"{header.body_bytes} bytes of {header.dtype or 'no dtype'}"
             raise WireError(f"cut {start} carries {expected} bytes of float32, got {got}")
+        old = self._ways.get(header)
+        if old is not None and header.tries <= old.header.tries:
+            self.duplicates += 1
+            if header.tries == old.header.tries:
+                old.identity = identity  # the connection it first came over may be gone
+            return
         header.stages[k] = StageStamp(arrive_s=now_s)
         if k > 0:
             sent_s = header.hops[k - 1].sent_s
             header.hops[k - 1] = HopStamp(sent_s, now_s, self._last_received_s)
             self._last_received_s = now_s
+        way = Way(identity, header)
+        if old is not None and old.job is not None:
+            if (old.job.start, old.job.stop) == (start, stop):
+                self.duplicates += 1
+                way.job = old.job
+            else:
+                self._jobs.discard(header.client, header.seq)
+        self._ways.enter(way)
         if start == stop:
             self._send_down(header, body, now_s)
-        elif not self._jobs.put(Job(header, body, start, stop)):
-            raise _Refusal(
-                "refused", f"its queue is full ({self.config.max_queue} requests); send slower"
-            )
+        elif way.job is None:
+            way.job = Job(header, body, start, stop)
+            self._enqueue(way.job)
+
+    def _enqueue(self, job: Job) -> None:
+        """Queue a job; somebody is refused where there is no room, in fairness."""
+        reason = f"its queue is full ({self.config.max_queue} requests); send slower"
+        refusal, out = Refusal("refused", reason), self._jobs.put(job)
+        if out is job:
+            raise refusal
+        if out is not None:
+            self._refuse(out.header, refusal)
 
     def _send_down(self, header: Header, body: memoryview | None, now_s: float) -> None:
-        assert self.hop is not None
-        if self.hop.backlog_frames >= self.config.max_queue:
-            raise _Refusal(
+        n_units, k = self.config.spec.n_units, self.config.index
+        links = {k: self.config.direct} if header.direct and self.config.direct else None
+        link = self.hop if next_node(Plan(header.cuts), k, n_units, links) == k + 1 else self.direct
+        assert link is not None
+        self._check_link(link)
+        if link.backlog_frames >= self.config.max_queue:
+            refusal = Refusal(
                 "refused",
-                f"{self.hop.backlog_bytes} bytes wait on its hop "
+                f"{link.backlog_bytes} bytes wait on its hop "
                 f"({self.config.max_queue} requests); send slower",
             )
+            displaced = link.displace(header.client)
+            if displaced is None:
+                raise refusal
+            self._refuse(displaced, refusal)
         header.clock_s = (now_s, 0.0, 0.0)
-        header.hops[self.config.index] = HopStamp(sent_s=now_s)
-        self.hop.send(header, body, now_s)
+        # A direct link's stamps stand at the last of the hops that it leads past.
+        header.hops[link.target - 1] = HopStamp(sent_s=now_s)
+        way = self._ways.get(header)
+        if way is not None:
+            way.hop = link
+        link.send(header, body, now_s)
+
+    def _check_link(self, link: Hop) -> None:
+        if link.connected is False:
+            raise Refusal("hop_down", f"not connected to node {link.target}", link.target)
 
     def _control(self, header: Header, body: memoryview | None, now_s: float) -> None:
         """Handshake, probe or profile: answer it here or hand it down the chain."""
         if header.kind is Kind.HELLO:
             self._json_up(header.reply(Kind.HELLO_REPLY), self.config.hello)
-            if self.hop is not None:
-                self.hop.forward(header, body)
+            for link in self.links:
+                link.forward(header, body)
             return
         request = decode_json(body)
         field = "hop" if header.kind is Kind.PROBE else "node"
         last = self.config.n_nodes - (2 if header.kind is Kind.PROBE else 1)
-        target = _whole(request, field, 0, last)
+        target = whole(request, field, 0, last)
         if target < self.config.index:
             raise WireError(f"{field} {target} lies before this node")
         if target > self.config.index:
             assert self.hop is not None
+            self._check_link(self.hop)
+            identity = self._routes.get(header.client)
+            assert identity is not None
+            self._ways.enter(Way(identity, header, hop=self.hop))
             self.hop.forward(header, body)
         elif header.kind is Kind.PROFILE:
-            repeats = _whole(request, "repeats", 1, _MAX_PROFILE_REPEATS)
-            if not self._jobs.put(Job(header, profile_repeats=repeats)):
-                raise _Refusal("refused", "its queue is full; profile later")
+            repeats = whole(request, "repeats", 1, _MAX_PROFILE_REPEATS)
+            self._enqueue(Job(header, profile_repeats=repeats))
         else:
             assert self.hop is not None
-            n_bytes = _whole(request, "payload_bytes", 1, _MAX_PROBE_BYTES)
-            repeats = _whole(request, "repeats", 1, _MAX_PROBE_REPEATS)
-            self.hop.probe(ProbeRun(header, n_bytes, repeats), now_s)
+            self._check_link(self.hop)
+            n_bytes = whole(request, "payload_bytes", 1, _MAX_PROBE_BYTES)
+            repeats = whole(request, "repeats", 1, _MAX_PROBE_REPEATS)
+            if not self.hop.probe(ProbeRun(header, n_bytes, repeats), now_s):
+                raise Refusal("refused", "too many probes wait on its hop; probe later")
 
-    def _localise(self, header: Header) -> None:
-        """Put a result's later stamps into this node's clock, and charge its hop's transfer."""
-        k = self.config.index
-        assert self.hop is not None
+    def _localise(self, header: Header, link: Hop) -> None:
+        """Put a result's later stamps into this node's clock, and charge the link's transfer."""
         if len(header.hops) != self.config.n_nodes - 1:
             raise WireError(f"a result has {self.config.n_nodes - 1} cuts, got {header.cuts}")
-        localise(header, k, self.hop.clock.offset_s, self.hop.one_way_s)
-        _, received_s, free_s = header.hops[k]
+        localise(header, link.target - 1, link.clock.offset_s, link.one_way_s)
+        _, received_s, free_s = header.hops[link.target - 1]
         self._meter.note_work(transmit_s=max(0.0, received_s - free_s))
+
+    def _lose(self, headers: Sequence[Header], code: str, reason: str, link: Hop) -> None:
+        """Report requests as lost on a link, so that they are sent again."""
+        for header in headers:
+            self._error(header, code, f"to node {link.target}: {reason}", link.target)
+
+    def _notice_lost(self, link: Hop) -> None:
+        """Report what the neighbour's acknowledgements show to be lost."""
+        lost, link.lost = link.lost, []
+        for client, seq, tries in lost:
+            way = self._ways.get(Header(Kind.ACK, client=client, seq=seq))
+            if way is not None and way.hop is link and way.header.tries == tries:
+                self._lose([way.header], "lost", "never acknowledged", link)
 
     def _probe_done(self, run: ProbeRun) -> None:
         self._json_up(run.request.reply(Kind.PROBE_REPLY), {"rtts_s": run.rtts_s})
@@ -332,18 +432,23 @@ class NodeCore:
             "hop_bytes_per_s": None,
             "hop_rtt_s": None,
             "hop_age_s": None,
+            "hop_up": self.hop.is_up(now_s) if self.hop is not None else None,
+            "direct_up": self.direct.is_up(now_s) if self.direct is not None else None,
+            "stalled_s": round(self.hop.stalled_s(now_s), 3) if self.hop is not None else 0.0,
+            "boot": str(self.config.hello.get("boot", "")),
             "refused": self.refused,
             "bad_frames": self.bad_frames,
+            "duplicates": self.duplicates,
         }
         if self.hop is not None:
             values["hop_backlog_bytes"] = self.hop.backlog_bytes
-            values["hop_rtt_s"] = _short(self.hop.rate.rtt_s)
+            values["hop_rtt_s"] = short(self.hop.rate.rtt_s)
             estimate = self.hop.rate.estimate(now_s)
             if estimate is not None:
-                values["hop_bytes_per_s"] = _short(estimate.bytes_per_s)
-                values["hop_age_s"] = _short(estimate.age_s)
+                values["hop_bytes_per_s"] = short(estimate.bytes_per_s)
+                values["hop_age_s"] = short(estimate.age_s)
         values["meter"] = self._meter.name
-        values["energy_j"] = _short(self._meter.read_j())
+        values["energy_j"] = short(self._meter.read_j())
         return {**values, **self._measure(now_s)}
 
     def _listen(self, identity: bytes, now_s: float) -> None:
@@ -357,17 +462,32 @@ class NodeCore:
 
     def _json_up(self, header: Header, values: Mapping[str, Any]) -> None:
         body = encode_json({**values, "node": self.config.index})
-        header.body_bytes = len(body)
-        self._to_client(header, memoryview(body))
+        self._to_client(header, attach(header, body))
 
-    def _error(self, header: Header, code: str, reason: str) -> None:
+    def _refuse(self, header: Header, refusal: Refusal) -> None:
+        self.refused += refusal.code == "refused"
+        self._error(header, refusal.code, str(refusal), refusal.to)
+
+    def _error(self, header: Header, code: str, reason: str, to: int | None = None) -> None:
         name = self.config.hello.get("name", self.config.index)
-        self._json_up(
-            header.reply(Kind.ERROR), {"code": code, "reason": f"node {name}: {reason}"[:1000]}
-        )
+        values = {
+            "code": code,
+            "reason": f"node {name}: {reason}"[:1000],
+            "to": self.config.index if to is None else to,
+        }
+        self._json_up(header.reply(Kind.ERROR), values)
 
     def _to_client(self, header: Header, body: memoryview | None) -> None:
+        """Send an answer back the way its request came; it is then no longer open here."""
         identity = self._routes.get(header.client)
+        way = self._ways.get(header)
+        if way is not None:
+            if header.kind is Kind.ERROR and header.tries < way.header.tries:
+                return  # of a try that nobody waits for any more
+            identity = way.identity
+            self._ways.take(header)
+            if way.job is not None:
+                self._jobs.discard(header.client, header.seq)
         if identity is not None:
             self.up.append((identity, [pack(header)] if body is None else [pack(header), body]))
 
@@ -378,22 +498,3 @@ class NodeCore:
         if now_s - self._logged_s >= _LOG_PERIOD_S:
             _log.warning("bad frame (%d since the last line): %s", self._unlogged, reason)
             self._logged_s, self._unlogged = now_s, 0
-
-
-def _split(parts: Parts) -> tuple[Header, memoryview | None]:
-    """Parse the header; the body is checked later, when there is somebody to answer."""
-    if len(parts) not in (1, 2):
-        raise WireError(f"a message has 1 or 2 parts, got {len(parts)}")
-    return parse_header(parts[0]), memoryview(parts[1]) if len(parts) == 2 else None
-
-
-def _whole(request: Mapping[str, Any], field: str, low: int, high: int) -> int:
-    value = request.get(field)
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise WireError(f"{field} must be a whole number in {low}..{high}, got {value!r}")
-    return value
-
-
-def _short(value: float | None) -> float | None:
-    """Six significant digits are enough, and keep the heartbeat small."""
-    return None if value is None else float(f"{value:.6g}")

@@ -10,6 +10,7 @@ from typing import Any
 
 from executor.errors import HandshakeError, RequestRefused
 from executor.plan import Plan
+from executor.wire import Header
 
 __all__ = ["Pending", "PendingTable"]
 
@@ -19,10 +20,13 @@ class Pending:
     """A request without an answer yet.
 
     Attributes:
-        deadline_s: When it is given up.
+        deadline_s: When it is given up (`late` gives up control requests only: an inference's
+            deadline is the recovery's).
         plan: The plan asked for; None for control requests.
         scheduled_s: When an inference was due.
         submitted_s: When it was submitted.
+        header: What its inferences are sent with, plan and try aside.
+        body: The input, kept until the request ends: it may have to be sent again.
         tensor: Whether the caller gave a torch tensor, and wants one back.
         replies: Handshakes only: replies so far, by node.
         future: Completes with a Reply (inference) or the reply's JSON (control).
@@ -32,6 +36,8 @@ class Pending:
     plan: Plan | None = None
     scheduled_s: float = 0.0
     submitted_s: float = 0.0
+    header: Header | None = None
+    body: memoryview | None = None
     tensor: bool = False
     replies: dict[int, dict[str, Any]] = field(default_factory=dict)
     future: concurrent.futures.Future[Any] = field(default_factory=concurrent.futures.Future)
@@ -85,9 +91,13 @@ class PendingTable:
             return self._open.get(seq)
 
     def late(self, now_s: float) -> list[tuple[int, Pending]]:
-        """Take out the requests whose deadline has passed."""
+        """Take out the control requests whose deadline has passed."""
         with self._lock:
-            late = [(seq, p) for seq, p in self._open.items() if now_s > p.deadline_s]
+            late = [
+                (seq, pending)
+                for seq, pending in self._open.items()
+                if pending.plan is None and now_s > pending.deadline_s
+            ]
             for seq, _ in late:
                 self._take(seq)
             return late

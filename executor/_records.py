@@ -16,9 +16,14 @@ from executor.wire import Header
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["NodeStatus", "Reply", "RequestRecord", "durations", "is_down", "node_index"]
-
-_DOWN_AFTER_S = 1.0
+__all__ = [
+    "NodeStatus",
+    "Reply",
+    "RequestRecord",
+    "durations",
+    "hello_problem",
+    "node_index",
+]
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class RequestRecord:
         hop_s: Per hop, seconds from hand-over to whole receipt, waiting included; 0 if not crossed.
         transmit_s: Per hop, seconds the hop served this frame: neither the wait behind earlier
             frames nor propagation.
+        tries: How often it was sent; more than 1 where a node or hop failed it.
     """
 
     request_id: int
@@ -49,6 +55,7 @@ class RequestRecord:
     queue_s: tuple[float, ...]
     hop_s: tuple[float, ...]
     transmit_s: tuple[float, ...]
+    tries: int = 1
 
     @property
     def latency_s(self) -> float:
@@ -57,7 +64,12 @@ class RequestRecord:
 
     @classmethod
     def from_header(
-        cls, header: Header, scheduled_s: float, submitted_s: float, completed_s: float
+        cls,
+        header: Header,
+        scheduled_s: float,
+        submitted_s: float,
+        completed_s: float,
+        tries: int = 1,
     ) -> RequestRecord:
         """Read the record off a RESULT whose stamps are in the client's clock."""
         ran = header.stages
@@ -72,6 +84,7 @@ class RequestRecord:
             queue_s=tuple(max(0.0, s.start_s - s.arrive_s) if s.start_s else 0.0 for s in ran),
             hop_s=tuple(max(0.0, h.received_s - h.sent_s) for h in header.hops),
             transmit_s=tuple(max(0.0, h.received_s - h.free_s) for h in header.hops),
+            tries=tries,
         )
 
 
@@ -95,7 +108,8 @@ class NodeStatus:
     Attributes:
         node: Index in the chain.
         received_s: When it came, client's clock; -inf if none ever did.
-        down: Whether the node has been silent for more than 1 s.
+        down: Whether it cannot be used: silent for 0.7 s, out of reach, or another process whose
+            handshake has not been checked or does not fit.
         load: Share of its compute that others use, 0..1.
         backlog_s: Unloaded seconds of work queued, with what remains of the current stage.
         queue_len: Jobs queued.
@@ -103,8 +117,15 @@ class NodeStatus:
         hop_bytes_per_s: Bandwidth of that hop, from production frames and probes; None if unknown.
         hop_rtt_s: Least recent round trip of a small frame on it; None if unknown.
         hop_age_s: Age of `hop_bytes_per_s`; None if unknown.
+        hop_up: Whether it is connected to the node after it, and hears it; None if unknown, and on
+            the last.
+        direct_up: The same of its direct link; None without one, too.
+        stalled_s: For how long that hop has moved nothing while something waits on it.
+        boot: Names the node's process; another one after a restart.
         refused: Requests refused over a bound, so far.
         bad_frames: Frames that could not be accepted, so far.
+        unauthenticated: Connections that were not admitted, so far.
+        duplicates: Requests that came again while they were under way, so far.
         overruns: Paced stages that missed their deadline, so far.
         stages: Stages run, so far.
         meter: Name of the energy meter.
@@ -121,8 +142,14 @@ class NodeStatus:
     hop_bytes_per_s: float | None = None
     hop_rtt_s: float | None = None
     hop_age_s: float | None = None
+    hop_up: bool | None = None
+    direct_up: bool | None = None
+    stalled_s: float = 0.0
+    boot: str = ""
     refused: int = 0
     bad_frames: int = 0
+    unauthenticated: int = 0
+    duplicates: int = 0
     overruns: int = 0
     stages: int = 0
     meter: str = ""
@@ -141,7 +168,7 @@ class NodeStatus:
                 continue
             value = raw.get(field.name)
             wanted = _TYPES[str(field.type)]
-            if not isinstance(value, wanted) or isinstance(value, bool):
+            if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
                 raise WireError(f"status: {field.name} must be {field.type}, got {value!r}")
             values[field.name] = value
         return cls(**values)
@@ -156,6 +183,7 @@ _HELLO_TYPES: dict[str, type] = {
     "input_bytes": int,
     "device": str,
     "meter": str,
+    "boot": str,
 }
 
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -163,12 +191,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "str": (str,),
     "float": (int, float),
     "float | None": (int, float, type(None)),
+    "bool | None": (bool, type(None)),
 }
-
-
-def is_down(received_s: float, now_s: float) -> bool:
-    """Whether a node last heard at `received_s` counts as down."""
-    return now_s - received_s > _DOWN_AFTER_S
 
 
 def node_index(reply: dict[str, Any], n_nodes: int) -> int:
@@ -184,6 +208,19 @@ def node_index(reply: dict[str, Any], n_nodes: int) -> int:
     if not 0 <= index < n_nodes or not re.fullmatch("[0-9a-f]{16}", reply["digest"]):
         raise WireError(f"handshake of node {index} with digest {reply['digest']!r}")
     return int(index)
+
+
+def hello_problem(reply: dict[str, Any], expected: dict[str, Any]) -> str:
+    """What of a handshake is not as expected, "" if nothing is.
+
+    Args:
+        reply: What the node says.
+        expected: What must be the same: its name, the model, the weights' digest, ...
+    """
+    for key, value in expected.items():
+        if reply.get(key) != value:
+            return f"expected {key} {value!r}, got {reply.get(key)!r}"
+    return ""
 
 
 def durations(reply: dict[str, Any], key: str, count: int) -> tuple[float, ...]:

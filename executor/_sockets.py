@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 
 import zmq
-import zmq.auth
 from zmq.auth.thread import ThreadAuthenticator
 
 from executor.cluster import Cluster, NodeConfig
 from executor.errors import ConfigError
+from executor.keys import AllowList, load_public, load_secret
 from executor.wire import MAX_BODY_BYTES
 
-__all__ = ["authenticate", "bind_router", "connect_dealer"]
+__all__ = [
+    "HandshakeMonitor",
+    "authenticate",
+    "bind_router",
+    "connect_dealer",
+    "link_changes",
+    "watch_link",
+]
 
 _log = logging.getLogger(__name__)
 
 # Kernel buffers hide a slow hop's backlog from its sender; they are kept small on purpose.
 _BUFFER_BYTES = 64 * 1024
+# A peer from which nothing came for this long is dialled anew: its stream may be out of step.
+_HEARTBEAT_MS = 1000
+_HEARTBEAT_TIMEOUT_MS = 3000
+_LINK_EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 # Messages ZeroMQ may hold towards a peer. Down the chain the node's own outbox does the queueing,
 # where it can be seen and bounded; up the chain there are only small replies.
 _DOWN_HWM = 2
@@ -74,11 +86,13 @@ def connect_dealer(
         socket.set(zmq.RCVHWM, _UP_HWM)
         socket.set(zmq.MAXMSGSIZE, MAX_BODY_BYTES)
         socket.set(zmq.RECONNECT_IVL, 50)
-        socket.set(zmq.RECONNECT_IVL_MAX, 1000)
+        socket.set(zmq.RECONNECT_IVL_MAX, 400)
+        socket.set(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
+        socket.set(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS)
         if cluster.keys_dir is not None:
             keys = Path(cluster.keys_dir)
             _set_own_keys(socket, keys, own_name)
-            socket.set(zmq.CURVE_SERVERKEY, _load(keys / f"{target.name}.key")[0])
+            socket.set(zmq.CURVE_SERVERKEY, load_public(keys, target.name).z85)
         socket.connect(endpoint)
     except zmq.ZMQError as error:
         socket.close(0)
@@ -89,21 +103,104 @@ def connect_dealer(
     return socket
 
 
+def watch_link(dealer: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
+    """A socket that tells when a dealer's connection is made or broken, for `link_changes`.
+
+    Before the dealer is closed: `dealer.disable_monitor()`, then close this one.
+    """
+    monitor: zmq.Socket[bytes] = dealer.get_monitor_socket(_LINK_EVENTS)
+    monitor.linger = 0
+    return monitor
+
+
+def link_changes(monitor: zmq.Socket[bytes]) -> list[bool]:
+    """What has happened to the connection since the last call: made (true), broken (false)."""
+    changes: list[bool] = []
+    while True:
+        try:
+            event, _ = monitor.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return changes
+        changes.append(int.from_bytes(event[:2], sys.byteorder) == zmq.EVENT_HANDSHAKE_SUCCEEDED)
+
+
 def authenticate(
-    ctx: zmq.Context[zmq.Socket[bytes]], cluster: Cluster
+    ctx: zmq.Context[zmq.Socket[bytes]], cluster: Cluster, node: NodeConfig
 ) -> ThreadAuthenticator | None:
-    """Start admitting the public keys in `keys_dir`, and no others; None without keys.
+    """Start admitting the keys on the node's allow-list, and no others; None without keys.
 
     The caller stops what it gets. It must be started before the first bind.
+
+    Raises:
+        ConfigError: A key of the allow-list is missing, unusable or expired.
     """
     if cluster.keys_dir is None:
         return None
-    if not Path(cluster.keys_dir).is_dir():
-        raise ConfigError(f"keys_dir {cluster.keys_dir} is no folder")
+    folder = Path(cluster.keys_dir)
+    try:
+        allowed = AllowList(load_public(folder, name) for name in cluster.allowed(node))
+    except ConfigError as error:
+        raise ConfigError(f"node {node.name}: allow-list: {error}") from None
     authenticator = ThreadAuthenticator(ctx, log=_log)
     authenticator.start()
-    authenticator.configure_curve(domain="*", location=cluster.keys_dir)
+    authenticator.configure_curve_callback("*", allowed)
     return authenticator
+
+
+class HandshakeMonitor:
+    """Counts the connections to a serving socket that did not get in.
+
+    A failed handshake (no key, a key that is not on the allow-list, a wrong server key) is reported
+    as such. One that was dropped before it got that far (bytes that are not ZMTP) only shows as a
+    disconnection, and cannot be told from an admitted peer's that leaves: of those, as many count
+    as there are more than admitted peers.
+
+    Attributes:
+        socket: To be polled; `read` when it has something.
+    """
+
+    def __init__(self, ctx: zmq.Context[zmq.Socket[bytes]], served: zmq.Socket[bytes]) -> None:
+        """Start counting; must come before the first peer."""
+        endpoint = f"inproc://handshakes-{id(self)}"
+        failures = (
+            zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+            | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+            | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+        )
+        served.monitor(endpoint, failures | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        self.socket = ctx.socket(zmq.PAIR)
+        # A full pipe would make ZeroMQ's own thread wait; an event is small, and soon read.
+        self.socket.set(zmq.RCVHWM, 0)
+        self.socket.connect(endpoint)
+        self._failures = failures
+        self._failed = self._admitted = self._left = 0
+        self._after_failure = False
+
+    @property
+    def unauthenticated(self) -> int:
+        """Connections refused so far."""
+        return self._failed + max(0, self._left - self._admitted)
+
+    def read(self, at_most: int = 256) -> None:
+        """Take the events there are."""
+        for _ in range(at_most):
+            try:
+                event = self.socket.recv_multipart(zmq.NOBLOCK)[0]
+            except zmq.Again:
+                return
+            kind = int.from_bytes(event[:2], "little")
+            if kind & self._failures:
+                self._failed += 1
+            elif kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._admitted += 1
+            elif kind == zmq.EVENT_DISCONNECTED and not self._after_failure:
+                self._left += 1
+            # ZeroMQ reports a failed handshake and its disconnection one right after the other.
+            self._after_failure = bool(kind & self._failures)
+
+    def close(self) -> None:
+        """Close the socket."""
+        self.socket.close(0)
 
 
 def _set_common(socket: zmq.Socket[bytes]) -> None:
@@ -114,17 +211,6 @@ def _set_common(socket: zmq.Socket[bytes]) -> None:
 
 
 def _set_own_keys(socket: zmq.Socket[bytes], keys: Path, name: str) -> None:
-    public, secret = _load(keys / f"{name}.key_secret")
-    if secret is None:
-        raise ConfigError(f"{keys / name}.key_secret holds no secret key")
-    socket.set(zmq.CURVE_PUBLICKEY, public)
+    own, secret = load_secret(keys, name)
+    socket.set(zmq.CURVE_PUBLICKEY, own.z85)
     socket.set(zmq.CURVE_SECRETKEY, secret)
-
-
-def _load(path: Path) -> tuple[bytes, bytes | None]:
-    try:
-        return zmq.auth.load_certificate(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"cannot read CURVE key {path}: {error}; make keys with zmq.auth.create_certificates"
-        ) from None

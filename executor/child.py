@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import select
 import subprocess
 import sys
@@ -126,6 +127,15 @@ class Child:
         """Close the process's stdin, which asks it to end."""
         if self._process.stdin is not None and not self._process.stdin.closed:
             self._process.stdin.close()
+
+    def signal(self, number: int) -> None:
+        """Send the process a signal, if it has not ended."""
+        self._process.send_signal(number)
+
+    def limit_files(self, n_bytes: int) -> None:
+        """Let no file of the process grow past `n_bytes`, as on a full disk; -1 lifts the limit."""
+        _, hard = resource.prlimit(self.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(self.pid, resource.RLIMIT_FSIZE, (n_bytes if n_bytes >= 0 else hard, hard))
 
     def kill(self) -> None:
         """End the process at once (SIGKILL) and wait for it."""

@@ -11,56 +11,31 @@ background thread moves the frames.
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
-import logging
-import socket
-import threading
 import time
 import uuid
-from collections import deque
-from dataclasses import replace
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import zmq
 from numpy.typing import NDArray
 
-from executor._hop import Hop, Parts, localise
 from executor._pending import Pending, PendingTable
-from executor._records import NodeStatus, Reply, RequestRecord, durations, is_down, node_index
-from executor._sockets import connect_dealer
-from executor.cluster import CLIENT_KEY_NAME, Cluster
-from executor.errors import (
-    HandshakeError,
-    RequestError,
-    RequestRefused,
-    RequestTimeout,
-    WireError,
-)
+from executor._records import NodeStatus, Reply, RequestRecord, durations, hello_problem
+from executor._session import Session
+from executor.cluster import Cluster
+from executor.errors import HandshakeError, RequestError
 from executor.plan import Plan
-from executor.wire import (
-    Header,
-    Kind,
-    array_body,
-    array_of,
-    check_body,
-    decode_json,
-    encode_json,
-    pack,
-    parse_header,
-)
+from executor.recovery import Counts
+from executor.wire import Header, Kind, array_body, attach, encode_json, pack
 
 if TYPE_CHECKING:
     import torch
 
     from executor.profile import Profile
 
-__all__ = ["Client", "NodeStatus", "Reply", "RequestRecord"]
+__all__ = ["Client", "Counts", "NodeStatus", "Reply", "RequestRecord"]
 
-_log = logging.getLogger(__name__)
-
-_TICK_MS = 50
 _HELLO_PERIOD_S = 0.25
 _PROBE_TIMEOUT_S = 120.0
 _PROFILE_TIMEOUT_S = 1800.0
@@ -89,16 +64,10 @@ class Client:
         self.max_in_flight = max_in_flight
         self.timeout_s = timeout_s
         self._uuid = uuid.uuid4().bytes
-        self._lock = threading.Lock()
         self._requests = PendingTable(max_in_flight)
-        self._to_send: deque[Parts] = deque()
-        self._hop = Hop(self._uuid)
-        self._nodes: list[_Json] = []
+        self._session: Session | None = None
         self._digest = b""
-        self._status: dict[int, NodeStatus] = {}
-        self._thread: threading.Thread | None = None
         self._closed = False
-        self._wake_write: socket.socket | None = None
 
     def __enter__(self) -> Client:
         return self
@@ -119,7 +88,12 @@ class Client:
     @property
     def nodes(self) -> list[_Json]:
         """Per node what it said in the handshake; empty before `connect`."""
-        return [dict(node) for node in self._nodes]
+        return [dict(node) for node in self._session.nodes] if self._session else []
+
+    @property
+    def counts(self) -> Counts:
+        """What became of the inferences so far: completed, retried, failed, ..."""
+        return self._session.counts() if self._session else Counts()
 
     def connect(self, timeout_s: float = 10.0) -> list[_Json]:
         """Open the connection and shake hands with every node.
@@ -134,7 +108,7 @@ class Client:
             HandshakeError: A node does not answer, or runs another model or other weights.
             ConfigError: The first node's address cannot be dialled, or a key is missing.
         """
-        self._open()
+        session = self._open()
         nodes = self.cluster.nodes
         deadline_s = time.monotonic() + timeout_s
         pending = Pending(deadline_s)
@@ -142,32 +116,24 @@ class Client:
         header = Header(Kind.HELLO, client=self._uuid, seq=seq)
         # A node that is up may have neighbours that are not yet: ask until all have answered.
         while not pending.future.done() and time.monotonic() < deadline_s:
-            self._post([pack(header)])
+            session.post([pack(header)])
             concurrent.futures.wait([pending.future], timeout=_HELLO_PERIOD_S)
         self._requests.settle(seq)
-        with self._lock:
-            replies = dict(pending.replies)
+        replies = dict(pending.replies)
         for index, node in enumerate(nodes):
             if index not in replies:
                 raise HandshakeError(
                     f"node {node.name} at {node.connect_host}:{node.connect_port} did not answer "
                     f"in {timeout_s:g} s; is it running, and reachable from the node before it?"
                 )
-        first = replies[0]
+        expected = {"model": self.cluster.model}
+        expected |= {key: replies[0][key] for key in ("digest", "n_units")}
         for index, node in enumerate(nodes):
-            for key, expected in (
-                ("name", node.name),
-                ("model", self.cluster.model),
-                ("digest", first["digest"]),
-                ("n_units", first["n_units"]),
-            ):
-                if replies[index].get(key) != expected:
-                    raise HandshakeError(
-                        f"node {node.name}: expected {key} {expected!r}, got "
-                        f"{replies[index].get(key)!r}"
-                    )
-        self._nodes = [replies[index] for index in range(len(nodes))]
-        self._digest = bytes.fromhex(first["digest"])
+            problem = hello_problem(replies[index], {"name": node.name, **expected})
+            if problem:
+                raise HandshakeError(f"node {node.name}: {problem}")
+        session.accept([replies[index] for index in range(len(nodes))], expected)
+        self._digest = bytes.fromhex(expected["digest"])
         return self.nodes
 
     def submit(
@@ -175,16 +141,23 @@ class Client:
         x: torch.Tensor | NDArray[np.generic],
         plan: Plan,
         scheduled_s: float | None = None,
+        *,
+        timeout_s: float | None = None,
     ) -> concurrent.futures.Future[Reply]:
         """Hand an inference to the chain.
+
+        A request whose plan cannot be served, now or any more, is sent under another one that can
+        (see `executor.recovery`); the record tells the plan that was executed, and the tries. If
+        the first node is away, the request waits for it.
 
         Args:
             x: Input, float32, on the CPU; copied, so it may be reused at once.
             plan: Where to cut. It goes with the request: later plans do not touch it.
             scheduled_s: When the request was due (`time.monotonic`), if not now.
+            timeout_s: Seconds until it is given up; the client's unless given.
 
         Returns:
-            A future with the reply. It raises RequestTimeout after `timeout_s`, RequestRefused
+            A future with the reply. It raises RequestTimeout after the timeout, RequestRefused
             when a node's bound was reached, RequestError for anything else a node reports.
 
         Raises:
@@ -194,9 +167,8 @@ class Client:
             RequestError: The input is not what the model takes.
         """
         now_s = time.monotonic()
-        if not self._nodes:
-            raise HandshakeError("not connected; call connect() first")
-        first = self._nodes[0]
+        session = self._connected()
+        first = session.nodes[0]
         plan.check(first["n_units"], self.cluster.n_nodes)
         tensor = not isinstance(x, np.ndarray)
         array = np.array(x if isinstance(x, np.ndarray) else x.detach().numpy(), order="C")
@@ -205,26 +177,39 @@ class Client:
                 f"{self.cluster.model} takes {first['input_bytes']} bytes of float32, got "
                 f"{array.nbytes} bytes of {array.dtype}"
             )
+        if timeout_s is not None and not timeout_s > 0:
+            raise RequestError(f"timeout_s must be positive, got {timeout_s}")
+        deadline_s = now_s + (self.timeout_s if timeout_s is None else timeout_s)
+        header = Header(Kind.INFER, client=self._uuid, digest=self._digest)
         pending = Pending(
-            deadline_s=now_s + self.timeout_s,
+            deadline_s=deadline_s,
             plan=plan,
             scheduled_s=now_s if scheduled_s is None else scheduled_s,
             submitted_s=now_s,
+            header=header,
+            body=array_body(header, array),
             tensor=tensor,
         )
-        header = Header(Kind.INFER, client=self._uuid, cuts=plan.cuts, digest=self._digest)
-        body = array_body(header, array)
-        header.seq = self._requests.register(pending)
-        self._post([pack(header), body])
+        session.submit(self._requests.register(pending), plan, deadline_s)
         return pending.future
 
+    def prefer(self, plans: Sequence[Plan]) -> None:
+        """Plans to fall back on, best first, for requests whose own plan cannot be served.
+
+        Raises:
+            HandshakeError: There is no connection; call `connect` first.
+            ConfigError: A plan does not fit the model or the chain.
+        """
+        session = self._connected()
+        for plan in plans:
+            plan.check(session.nodes[0]["n_units"], self.cluster.n_nodes)
+        session.prefer(plans)
+
     def status(self) -> dict[int, NodeStatus]:
-        """Every node's newest heartbeat; a node silent for more than 1 s is `down`."""
-        now_s = time.monotonic()
-        with self._lock:
-            known = dict(self._status)
-        statuses = (known.get(i, NodeStatus(node=i)) for i in range(self.cluster.n_nodes))
-        return {s.node: replace(s, down=is_down(s.received_s, now_s)) for s in statuses}
+        """Every node's newest heartbeat; one that cannot be used now is `down`."""
+        if self._session is None:
+            return {i: NodeStatus(node=i) for i in range(self.cluster.n_nodes)}
+        return self._session.status()
 
     def probe(self, hop: int, payload_bytes: int, repeats: int = 3) -> list[float]:
         """Round trips of a payload over one hop, answered by a small frame.
@@ -253,7 +238,7 @@ class Client:
             RequestError: The node failed or refused; RequestTimeout if it did not answer.
         """
         reply = self._ask(Kind.PROFILE, {"node": node, "repeats": repeats}, _PROFILE_TIMEOUT_S)
-        return durations(reply, "unit_s", self._nodes[node]["n_units"])
+        return durations(reply, "unit_s", self._connected().nodes[node]["n_units"])
 
     def profile(self, repeats: int = 10) -> Profile:
         """Measure the whole chain: every node's units, every hop, every node's overhead.
@@ -272,173 +257,30 @@ class Client:
     def close(self) -> None:
         """Close the connection; requests without an answer raise RequestError."""
         self._closed = True
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            self._wake()
-            thread.join()
-            assert self._wake_write is not None
-            self._wake_write.close()
+        if self._session is not None:
+            self._session.close()
 
     def _ask(self, kind: Kind, request: _Json, timeout_s: float) -> _Json:
         """Send a control request and wait for its reply."""
-        if not self._nodes:
-            raise HandshakeError("not connected; call connect() first")
+        session = self._connected()
         pending = Pending(time.monotonic() + timeout_s)
-        body = encode_json(request)
         header = Header(kind, client=self._uuid, seq=self._requests.register(pending))
-        header.body_bytes = len(body)
-        self._post([pack(header), body])
+        body = attach(header, encode_json(request))
+        session.post([pack(header), body])
         reply: _Json = pending.future.result()
         return reply
 
-    def _open(self) -> None:
-        """Start the background thread, once."""
+    def _open(self) -> Session:
+        """The session, which is started the first time."""
         if self._closed:
             raise HandshakeError("this client is closed; make a new one")
-        if self._thread is not None:
-            return
-        ctx: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        try:
-            dealer = connect_dealer(ctx, self.cluster, self.cluster.nodes[0], CLIENT_KEY_NAME)
-        except BaseException:
-            ctx.term()
-            raise
-        wake_read, self._wake_write = socket.socketpair()
-        wake_read.setblocking(False)
-        self._wake_write.setblocking(False)
-        self._thread = threading.Thread(
-            target=self._serve, args=(ctx, dealer, wake_read), name="splitpilot-client", daemon=True
-        )
-        self._thread.start()
+        if self._session is None:
+            self._session = Session(self.cluster, self._uuid, self._requests)
+        return self._session
 
-    def _post(self, parts: Parts) -> None:
-        self._to_send.append(parts)
-        self._wake()
-
-    def _wake(self) -> None:
-        # A full pipe is fine: the loop is then awake already.
-        with contextlib.suppress(OSError):
-            if self._wake_write is not None:
-                self._wake_write.send(b"\0")
-
-    def _serve(
-        self, ctx: zmq.Context[zmq.Socket[bytes]], dealer: zmq.Socket[bytes], wake: socket.socket
-    ) -> None:
-        """Move frames until the client is closed (background thread)."""
-        poller = zmq.Poller()
-        poller.register(wake, zmq.POLLIN)
-        poller.register(dealer, zmq.POLLIN)
-        try:
-            while not self._closed:
-                waiting = self._hop.outbox or self._to_send
-                poller.modify(dealer, zmq.POLLIN | (zmq.POLLOUT if waiting else 0))
-                poller.poll(_TICK_MS)
-                with contextlib.suppress(BlockingIOError):
-                    while wake.recv(4096):
-                        pass
-                self._receive_all(dealer)
-                self._hop.tick(time.monotonic())
-                _send_all(dealer, self._hop.outbox)
-                _send_all(dealer, self._to_send)
-                self._give_up_late()
-        finally:
-            dealer.close(0)
-            wake.close()
-            ctx.term()
-            for pending in self._requests.close():
-                pending.future.set_exception(RequestError("the client was closed"))
-
-    def _receive_all(self, dealer: zmq.Socket[bytes]) -> None:
-        while True:
-            try:
-                frames = dealer.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                return
-            now_s = time.monotonic()
-            try:
-                if len(frames) not in (1, 2):
-                    raise WireError(f"a message has 1 or 2 parts, got {len(frames)}")
-                header = parse_header(frames[0].buffer)
-                body = frames[1].buffer if len(frames) == 2 else None
-                check_body(header, body)
-                self._take(header, body, now_s)
-            except WireError as error:
-                _log.warning("bad frame from node %s: %s", self.cluster.nodes[0].name, error)
-
-    def _take(self, header: Header, body: memoryview | None, now_s: float) -> None:
-        """Take one frame from the first node."""
-        if header.kind is Kind.STATUS:
-            raw = decode_json(body)
-            status = NodeStatus.from_json(raw, received_s=now_s, down=False)
-            if not 0 <= status.node < self.cluster.n_nodes:
-                raise WireError(f"status of node {status.node}, which the chain does not have")
-            with self._lock:
-                self._status[status.node] = status
-        elif header.kind is Kind.PONG:
-            self._hop.on_pong(header, now_s)
-        elif header.client == self._uuid and header.kind is Kind.HELLO_REPLY:
-            self._take_hello(header, decode_json(body))
-        elif header.client == self._uuid:
-            # One that was given up may still be answered; nobody waits for it any more.
-            pending = self._requests.settle(header.seq)
-            if pending is not None:
-                try:
-                    value = self._value(pending, header, body, now_s)
-                except (RequestError, WireError) as error:
-                    known = isinstance(error, RequestError)
-                    pending.future.set_exception(
-                        error if known else RequestError(f"bad reply: {error}")
-                    )
-                else:
-                    pending.future.set_result(value)
-
-    def _take_hello(self, header: Header, reply: _Json) -> None:
-        pending = self._requests.get(header.seq)
-        if pending is None:
-            return
-        with self._lock:
-            pending.replies[node_index(reply, self.cluster.n_nodes)] = reply
-            complete = len(pending.replies) == self.cluster.n_nodes
-        if complete and self._requests.settle(header.seq) is not None:
-            pending.future.set_result(None)
-
-    def _value(
-        self, pending: Pending, header: Header, body: memoryview | None, now_s: float
-    ) -> Reply | _Json:
-        """What a reply completes its future with; raises what it fails with."""
-        if header.kind is Kind.ERROR:
-            raw = decode_json(body)
-            failure = RequestRefused if raw.get("code") == "refused" else RequestError
-            raise failure(str(raw.get("reason")))
-        if pending.plan is None:
-            return decode_json(body)
-        if header.kind is not Kind.RESULT or len(header.hops) != self.cluster.n_nodes - 1:
-            raise WireError(f"expected a RESULT, got {header.kind.name} with cuts {header.cuts}")
-        if header.digest != self._digest:
-            raise WireError(f"a result of weights {header.digest.hex()}")
-        localise(header, -1, self._hop.clock.offset_s, self._hop.one_way_s)
-        # Copied out of ZeroMQ's memory: an output is small, and its reader may keep it for long.
-        output: torch.Tensor | NDArray[np.generic] = array_of(header, body).copy()
-        if pending.tensor:
-            import torch
-
-            output = torch.from_numpy(output)
-        record = RequestRecord.from_header(header, pending.scheduled_s, pending.submitted_s, now_s)
-        return Reply(output, record)
-
-    def _give_up_late(self) -> None:
-        for seq, pending in self._requests.late(time.monotonic()):
-            silent = [self.cluster.nodes[i].name for i, s in self.status().items() if s.down]
-            hint = f"; silent nodes: {', '.join(silent)}" if silent else ""
-            pending.future.set_exception(
-                RequestTimeout(f"request {seq}: no answer before its deadline{hint}")
-            )
-
-
-def _send_all(dealer: zmq.Socket[bytes], outbox: deque[Parts]) -> None:
-    while outbox:
-        try:
-            dealer.send_multipart(outbox[0], zmq.NOBLOCK, copy=False)
-        except zmq.Again:
-            return
-        outbox.popleft()
+    def _connected(self) -> Session:
+        if self._closed:
+            raise HandshakeError("this client is closed; make a new one")
+        if self._session is None or not self._session.nodes:
+            raise HandshakeError("not connected; call connect() first")
+        return self._session

@@ -16,18 +16,28 @@
     device = "server"
     connect = "192.168.1.20:5551"    # what the node before it dials; host:port unless given
 
-The nodes stand in the order of the chain. Off loopback a node wants CURVE keys (`keys_dir`, with
-`NAME.key` and `NAME.key_secret` per node and for the client, as written by
-`zmq.auth.create_certificates`) or the explicit `--insecure`.
+The nodes stand in the order of the chain. A request whose plan leaves the nodes between empty can
+go past them, when one of them is down, over a direct link:
+
+    [[direct]]
+    from = "edge"
+    to = "cloud"
+    connect = "203.0.113.7:5552"     # what `from` dials; the host and port of `to` unless given
+
+Off loopback a node wants CURVE keys (`keys_dir`, with `NAME.key` and `NAME.key_secret` per node and
+for the client, as written by `executor.keys`) or the explicit `--insecure`. With keys a node
+accepts the keys named in its `allow`, by default those of the nodes that dial it (the one before
+it, or the client for the first, and where a direct link to it starts), and nobody else.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import json
+import math
 import re
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +48,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["CLIENT_KEY_NAME", "Cluster", "NodeConfig", "is_loopback"]
+__all__ = ["KEY_NAME", "Cluster", "DirectLink", "NodeConfig", "is_loopback"]
 
-CLIENT_KEY_NAME = "client"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _WILDCARDS = ("*", "0.0.0.0", "::")
 
 
@@ -58,6 +67,7 @@ class NodeConfig:
         connect_port: Port to dial; `port` unless given.
         device: Device class, which picks the power figures ("pi4", "laptop", "server", ...).
         torch_device: "cpu" or "cuda".
+        allow: Names of the keys it accepts; empty for the default, see `Cluster.allowed`.
     """
 
     name: str
@@ -67,15 +77,14 @@ class NodeConfig:
     connect_port: int = 0
     device: str = "laptop"
     torch_device: str = "cpu"
+    allow: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
+        if not isinstance(self.name, str) or not KEY_NAME.fullmatch(self.name):
             raise ConfigError(
                 f"node name must be letters, digits, '_', '.' or '-' (at most 64), got "
                 f"{self.name!r}"
             )
-        if self.name == CLIENT_KEY_NAME:
-            raise ConfigError(f"node name {self.name!r} is taken by the client's keys; rename it")
         for field in ("host", "connect_host", "device", "torch_device"):
             if not isinstance(getattr(self, field), str):
                 raise ConfigError(
@@ -93,6 +102,11 @@ class NodeConfig:
             object.__setattr__(self, "connect_host", self.host)
         if not self.connect_port:
             object.__setattr__(self, "connect_port", self.port)
+        for name in self.allow:
+            if not isinstance(name, str) or not KEY_NAME.fullmatch(name):
+                raise ConfigError(f"node {self.name}: allow must list names of keys, got {name!r}")
+        if len(set(self.allow)) != len(self.allow):
+            raise ConfigError(f"node {self.name}: allow names a key twice: {list(self.allow)}")
 
     def bind_endpoint(self) -> str:
         """ZeroMQ endpoint this node binds (port 0 becomes a wildcard)."""
@@ -113,6 +127,23 @@ class NodeConfig:
 
 
 @dataclass(frozen=True)
+class DirectLink:
+    """A link past the nodes between two nodes of the chain.
+
+    Attributes:
+        source: Name of the node that dials.
+        target: Name of the node that is dialled, at least two places further on.
+        connect_host: Address to dial; the target's `host` unless given.
+        connect_port: Port to dial; the target's `port` unless given.
+    """
+
+    source: str
+    target: str
+    connect_host: str = ""
+    connect_port: int = 0
+
+
+@dataclass(frozen=True)
 class Cluster:
     """The chain of nodes and the model they run.
 
@@ -123,6 +154,9 @@ class Cluster:
         max_queue: Requests a node queues before it refuses.
         threads: Torch threads per node; None takes torch's own choice (the testbed uses 1).
         keys_dir: Folder of CURVE certificates; None means plain TCP.
+        direct: Links past nodes, at most one from each node.
+        client: Name of the key that this machine's client uses.
+        peer_rate_rps: Messages a second that a node takes from one connection in the long run.
     """
 
     model: str
@@ -131,6 +165,9 @@ class Cluster:
     max_queue: int = 64
     threads: int | None = None
     keys_dir: str | None = None
+    direct: tuple[DirectLink, ...] = ()
+    client: str = "client"
+    peer_rate_rps: float = 2000.0
 
     def __post_init__(self) -> None:
         for field in ("model", "weights"):
@@ -148,11 +185,61 @@ class Cluster:
             raise ConfigError(f"cluster: threads must be a positive count, got {self.threads}")
         if self.keys_dir is not None and not isinstance(self.keys_dir, str):
             raise ConfigError(f"cluster: keys_dir must be a folder's path, got {self.keys_dir!r}")
+        for link in self.direct:
+            if self.index(link.target) < self.index(link.source) + 2:
+                raise ConfigError(
+                    f"cluster: a direct link leads past at least one node of the chain, got "
+                    f"{link.source} to {link.target}"
+                )
+        if len(self.direct_links) != len(self.direct):
+            raise ConfigError("cluster: at most one direct link may start at each node")
+        if not isinstance(self.client, str) or not KEY_NAME.fullmatch(self.client):
+            raise ConfigError(f"cluster: client must be the name of a key, got {self.client!r}")
+        if self.client in names:
+            raise ConfigError(f"node name {self.client!r} is taken by the client's keys; rename it")
+        rate = self.peer_rate_rps
+        if not isinstance(rate, int | float) or isinstance(rate, bool) or not 1 <= rate < math.inf:
+            raise ConfigError(f"cluster: peer_rate_rps must be at least 1, got {rate!r}")
+        self._check_allow()
+
+    def _check_allow(self) -> None:
+        """Refuse allow-lists that protect nothing or break the chain."""
+        for k, node in enumerate(self.nodes):
+            if node.allow and self.keys_dir is None:
+                raise ConfigError(
+                    f"node {node.name}: allow = {list(node.allow)} has no effect without keys_dir"
+                )
+            for name in self._dialled_by(node) if node.allow and k else ():
+                if name not in node.allow:
+                    raise ConfigError(
+                        f"node {node.name}: allow must hold {name!r}, which dials it, got "
+                        f"{list(node.allow)}"
+                    )
+
+    def _dialled_by(self, node: NodeConfig) -> tuple[str, ...]:
+        """Names of the keys of whoever dials `node`."""
+        k = self.index(node.name)
+        before = self.nodes[k - 1].name if k else self.client
+        return (before, *(link.source for link in self.direct if link.target == node.name))
 
     @property
     def n_nodes(self) -> int:
         """Number of nodes N."""
         return len(self.nodes)
+
+    @property
+    def direct_links(self) -> dict[int, int]:
+        """The direct links by index, from node -> to node."""
+        return {self.index(link.source): self.index(link.target) for link in self.direct}
+
+    def direct_target(self, node: int) -> NodeConfig | None:
+        """Whom node `node` dials directly, as it must be dialled; None without such a link."""
+        for link in self.direct:
+            if self.index(link.source) == node:
+                far = self.nodes[self.index(link.target)]
+                host, port = link.connect_host or far.host, link.connect_port or far.port
+                return replace(far, connect_host=host, connect_port=port)
+        return None
 
     def index(self, name: str) -> int:
         """Position of node `name` in the chain.
@@ -165,6 +252,10 @@ class Cluster:
                 return i
         known = ", ".join(node.name for node in self.nodes)
         raise ConfigError(f"unknown role {name!r}; the cluster has: {known}")
+
+    def allowed(self, node: NodeConfig) -> tuple[str, ...]:
+        """Names of the keys that `node` accepts: its `allow`, or else of whoever dials it."""
+        return node.allow or self._dialled_by(node)
 
     def check_exposure(self, node: NodeConfig, insecure: bool) -> None:
         """Refuse to listen off loopback without keys.
@@ -199,6 +290,9 @@ class Cluster:
         nodes = raw.pop("nodes", None)
         if not isinstance(nodes, list) or not all(isinstance(node, dict) for node in nodes):
             raise ConfigError(f"{where}: expected [[nodes]] tables")
+        direct = raw.pop("direct", [])
+        if not isinstance(direct, list) or not all(isinstance(link, dict) for link in direct):
+            raise ConfigError(f"{where}: direct links are [[direct]] tables")
         raw.setdefault("weights", "none")
         if "model" not in raw:
             raise ConfigError(f'{where}: expected a top-level model = "..."')
@@ -208,7 +302,8 @@ class Cluster:
             if isinstance(raw["weights"], str) and raw["weights"] not in ("none", "DEFAULT"):
                 raw["weights"] = str((base / raw["weights"]).absolute())
         try:
-            return cls(nodes=tuple(_node(node) for node in nodes), **raw)
+            links = tuple(_direct(link) for link in direct)
+            return cls(nodes=tuple(_node(node) for node in nodes), direct=links, **raw)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from error
 
@@ -234,12 +329,23 @@ class Cluster:
             lines.append(f"threads = {self.threads}")
         if self.keys_dir is not None:
             lines.append(f"keys_dir = {_quote(self.keys_dir)}")
+        if self.client != "client":
+            lines.append(f"client = {_quote(self.client)}")
+        lines.append(f"peer_rate_rps = {float(self.peer_rate_rps)}")
         for node in self.nodes:
             lines += ["", "[[nodes]]", f"name = {_quote(node.name)}", f"host = {_quote(node.host)}"]
             lines += [f"port = {node.port}", f"device = {_quote(node.device)}"]
             lines.append(f"torch_device = {_quote(node.torch_device)}")
             if (node.connect_host, node.connect_port) != (node.host, node.port):
                 connect = f"{_bracket(node.connect_host)}:{node.connect_port}"
+                lines.append(f"connect = {_quote(connect)}")
+            if node.allow:
+                lines.append(f"allow = [{', '.join(map(_quote, node.allow))}]")
+        for link in self.direct:
+            lines += ["", "[[direct]]", f"from = {_quote(link.source)}"]
+            lines.append(f"to = {_quote(link.target)}")
+            if link.connect_host:
+                connect = f"{_bracket(link.connect_host)}:{link.connect_port}"
                 lines.append(f"connect = {_quote(connect)}")
         return "\n".join(lines) + "\n"
 
@@ -257,7 +363,7 @@ def is_loopback(host: str) -> bool:
 def _node(raw: dict[str, Any]) -> NodeConfig:
     """Build a node from its TOML table."""
     where = f"node {raw.get('name', '?')}"
-    known = {"name", "host", "port", "device", "torch_device", "connect"}
+    known = {"name", "host", "port", "device", "torch_device", "connect", "allow"}
     _known(raw, known, where)
     missing = sorted({"name", "host", "port"} - raw.keys())
     if missing:
@@ -265,11 +371,32 @@ def _node(raw: dict[str, Any]) -> NodeConfig:
     raw = dict(raw)
     connect = raw.pop("connect", None)
     if connect is not None:
-        match = re.fullmatch(r"\[?([^\]\s]+?)\]?:(\d{1,5})", str(connect))
-        if not match:
-            raise ConfigError(f'{where}: connect must be "host:port", got {connect!r}')
-        raw["connect_host"], raw["connect_port"] = match[1], int(match[2])
+        raw["connect_host"], raw["connect_port"] = _host_port(connect, where)
+    if "allow" in raw:
+        if not isinstance(raw["allow"], list) or not raw["allow"]:
+            raise ConfigError(
+                f'{where}: allow must be a list of key names, e.g. ["client"], got {raw["allow"]!r}'
+            )
+        raw["allow"] = tuple(raw["allow"])
     return NodeConfig(**raw)
+
+
+def _direct(raw: dict[str, Any]) -> DirectLink:
+    """Build a direct link from its TOML table."""
+    where = f"direct link from {raw.get('from', '?')}"
+    _known(raw, {"from", "to", "connect"}, where)
+    for key in ("from", "to"):
+        if not isinstance(raw.get(key), str):
+            raise ConfigError(f"{where}: {key} must be a node's name, got {raw.get(key)!r}")
+    host, port = _host_port(raw["connect"], where) if "connect" in raw else ("", 0)
+    return DirectLink(raw["from"], raw["to"], host, port)
+
+
+def _host_port(value: object, where: str) -> tuple[str, int]:
+    match = re.fullmatch(r"\[?([^\]\s]+?)\]?:(\d{1,5})", str(value))
+    if not match or not 0 < int(match[2]) <= 65535:
+        raise ConfigError(f'{where}: connect must be "host:port", got {value!r}')
+    return match[1], int(match[2])
 
 
 def _known(raw: dict[str, Any], known: set[str], where: str) -> None:

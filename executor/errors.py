@@ -5,6 +5,7 @@ SplitpilotError
 │   └── ProfileError   a profile is unreadable or belongs to another model
 ├── HandshakeError     a node does not answer, or runs another model or other weights
 ├── WireError          a frame that cannot be accepted, with the reason
+│   └── FrameDamaged   its checksum or length is wrong: it changed on its way
 └── RequestError       one inference failed
     ├── RequestRefused   a bound was reached (back-pressure); nothing was run
     └── RequestTimeout   no answer before the request's deadline
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 __all__ = [
     "ConfigError",
+    "FrameDamaged",
     "HandshakeError",
     "ProfileError",
     "RequestError",
@@ -42,6 +44,10 @@ class HandshakeError(SplitpilotError):
 
 class WireError(SplitpilotError):
     """A frame cannot be accepted; the message names the field and the reason."""
+
+
+class FrameDamaged(WireError):
+    """A frame's checksum or length is wrong: it changed on its way, and may be sent again."""
 
 
 class RequestError(SplitpilotError):

@@ -6,7 +6,6 @@ or SIGINT, and with 2 and one line on stderr when its settings are wrong.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import json
@@ -17,6 +16,7 @@ import signal
 import socket
 import sys
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,19 @@ import torch
 import zmq
 
 from executor._compute import ComputeThread, FairQueue, Outcome
-from executor._hop import Parts
+from executor._hop import Hop, Parts
 from executor._load import HostLoad
 from executor._nodecore import CoreConfig, NodeCore
-from executor._sockets import authenticate, bind_router, connect_dealer
-from executor.cluster import Cluster
+from executor._sockets import (
+    HandshakeMonitor,
+    authenticate,
+    bind_router,
+    connect_dealer,
+    link_changes,
+    watch_link,
+)
+from executor.arguments import Parser
+from executor.cluster import Cluster, NodeConfig
 from executor.energy import best_meter
 from executor.errors import ConfigError
 from executor.model import build_chain, sample_input
@@ -42,6 +50,28 @@ _log = logging.getLogger(__name__)
 _MAX_WAIT_MS = 100
 _MESSAGES_PER_TURN = 16
 _END_WAIT_S = 5.0
+
+
+class _Dialled:
+    """A dealer towards a node further on, and the socket that watches its connection."""
+
+    def __init__(
+        self, ctx: zmq.Context[zmq.Socket[bytes]], cluster: Cluster, target: NodeConfig, role: str
+    ) -> None:
+        self.endpoint = target.connect_endpoint()
+        self.dealer = connect_dealer(ctx, cluster, target, role)
+        self.monitor = watch_link(self.dealer)
+
+    def renew(self) -> None:
+        """Drop the connection and make another."""
+        self.dealer.disconnect(self.endpoint)
+        self.dealer.connect(self.endpoint)
+
+    def close(self) -> None:
+        """Close both sockets."""
+        self.dealer.disable_monitor()
+        self.monitor.close(0)
+        self.dealer.close(0)
 
 
 class Node:
@@ -76,7 +106,7 @@ class Node:
         self._host_load = HostLoad()
         self._stopping = False
         self._router: zmq.Socket[bytes] | None = None
-        self._dealer: zmq.Socket[bytes] | None = None
+        self._dialled: list[_Dialled] = []
         self._compute: ComputeThread | None = None
         self._outcomes: collections.deque[Outcome] = collections.deque()
         self._jobs = FairQueue(cluster.max_queue)
@@ -85,13 +115,16 @@ class Node:
         self._wake_write.setblocking(False)
         self._ctx: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._auth = None
+        self._handshakes: HandshakeMonitor | None = None
         try:
             meter = best_meter(config.device, emulated=ratio is not None, torch_device=device)
-            self._auth = authenticate(self._ctx, cluster)
+            self._auth = authenticate(self._ctx, cluster, config)
             self._router, self.port = bind_router(self._ctx, cluster, config)
-            if index < cluster.n_nodes - 1:
-                following = cluster.nodes[index + 1]
-                self._dealer = connect_dealer(self._ctx, cluster, following, role)
+            self._handshakes = HandshakeMonitor(self._ctx, self._router)
+            following = cluster.nodes[index + 1 : index + 2]
+            direct = cluster.direct_target(index)
+            for target in (*following, *([direct] if direct else [])):
+                self._dialled.append(_Dialled(self._ctx, cluster, target, role))
             chain = build_chain(cluster.model, cluster.weights, device=device)
             # The first pass builds kernels; no request should pay for that.
             chain.run(sample_input(0).to(chain.device), 0, chain.spec.n_units)
@@ -108,6 +141,7 @@ class Node:
                 "ratio": ratio,
                 "meter": meter.name,
                 "pid": os.getpid(),
+                "boot": uuid.uuid4().hex[:16],
             }
             core_config = CoreConfig(
                 index=index,
@@ -116,8 +150,13 @@ class Node:
                 digest=bytes.fromhex(chain.digest),
                 max_queue=cluster.max_queue,
                 hello=hello,
+                peer_rate_rps=cluster.peer_rate_rps,
+                direct=cluster.direct_links.get(index),
             )
             self._core = NodeCore(core_config, self._jobs, self._measure, meter)
+            self._links: list[tuple[_Dialled, Hop]] = list(
+                zip(self._dialled, self._core.links, strict=True)
+            )
             self._compute = ComputeThread(
                 chain, self._pacer, self._jobs, chain.device, self._on_done
             )
@@ -129,14 +168,16 @@ class Node:
     def serve(self, control_fd: int | None = None) -> None:
         """Move frames until `stop`, or until `control_fd` (JSON lines) ends."""
         poller = zmq.Poller()
-        for source in (self._router, self._wake_read, self._dealer, control_fd):
+        handshakes = self._handshakes.socket if self._handshakes is not None else None
+        for source in (self._router, self._wake_read, handshakes, control_fd):
             if source is not None:
                 poller.register(source, zmq.POLLIN)
+        for end, _ in self._links:
+            poller.register(end.monitor, zmq.POLLIN)
         control = b""
         while not self._stopping:
-            if self._dealer is not None and self._core.hop is not None:
-                writing = zmq.POLLOUT if self._core.hop.outbox else 0
-                poller.modify(self._dealer, zmq.POLLIN | writing)
+            for end, link in self._links:
+                poller.register(end.dealer, zmq.POLLIN | (zmq.POLLOUT if link.outbox else 0))
             wait_s = self._core.due_s(time.monotonic())
             ready = dict(poller.poll(min(_MAX_WAIT_MS, int(wait_s * 1000) + 1)))
             if control_fd is not None and control_fd in ready:
@@ -156,9 +197,12 @@ class Node:
     def close(self) -> bool:
         """Close every socket; returns whether the compute thread has ended too."""
         self._jobs.close()
-        for end in (self._router, self._dealer):
-            if end is not None:
-                end.close(0)
+        for end in self._dialled:
+            end.close()
+        if self._router is not None:
+            self._router.close(0)
+        if self._handshakes is not None:
+            self._handshakes.close()
         if self._auth is not None:
             self._auth.stop()
         self._ctx.term()
@@ -178,22 +222,34 @@ class Node:
                 pass
         while self._outcomes:
             self._feed(self._core.on_outcome, self._outcomes.popleft())
-        for _ in range(_MESSAGES_PER_TURN):
-            parts = _receive(self._dealer)
-            if parts is None:
-                break
-            self._feed(self._core.on_downstream, parts)
+        for end, link in self._links:
+            for _ in range(_MESSAGES_PER_TURN):
+                parts = _receive(end.dealer)
+                if parts is None:
+                    break
+                self._feed(self._core.on_downstream, parts, link=link)
+            # What came over a connection is taken in before the news of its end.
+            for up in link_changes(end.monitor):
+                self._feed(self._core.on_link, link, up)
         for _ in range(_MESSAGES_PER_TURN):
             parts = _receive(self._router)
             if parts is None:
                 break
             self._feed(self._core.on_upstream, bytes(parts[0]), parts[1:])
+        if self._handshakes is not None:
+            self._handshakes.read()
         self._feed(self._core.tick)
+        for end, link in self._links:
+            if link in self._core.stuck:
+                _log.warning("nothing gets across to %s any more; dialling anew", end.endpoint)
+                end.renew()
+                self._feed(self._core.on_link, link, False)
+        self._core.stuck.clear()
 
-    def _feed(self, handle: Callable[..., None], *event: object) -> None:
+    def _feed(self, handle: Callable[..., None], *event: object, **more: object) -> None:
         """Hand one event to the core and send what it leaves."""
         try:
-            handle(*event, time.monotonic())
+            handle(*event, time.monotonic(), **more)
         except Exception:
             # One frame must never end a node, whatever it turned out to hold.
             self._core.bad_frames += 1
@@ -207,14 +263,11 @@ class Node:
                 _log.debug("no way up to a peer: %s", error)
                 if error.errno != zmq.EAGAIN:
                     self._core.forget(identity)
-        if self._dealer is not None and self._core.hop is not None:
-            outbox = self._core.hop.outbox
-            while outbox:
-                try:
-                    self._dealer.send_multipart(outbox[0], zmq.NOBLOCK, copy=False)
-                except zmq.Again:
-                    return
-                outbox.popleft()
+        for end, link in self._links:
+            with contextlib.suppress(zmq.Again):
+                while link.outbox:
+                    end.dealer.send_multipart(link.outbox[0], zmq.NOBLOCK, copy=False)
+                    link.outbox.popleft()
 
     def _measure(self, now_s: float) -> dict[str, Any]:
         """The compute half of a STATUS."""
@@ -226,6 +279,7 @@ class Node:
             "backlog_s": round(backlog_s, 6),
             "overruns": self._pacer.overruns,
             "stages": self._pacer.stages,
+            "unauthenticated": self._handshakes.unauthenticated if self._handshakes else 0,
         }
 
     def _control(self, line: bytes) -> None:
@@ -254,7 +308,7 @@ class Node:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a node; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m executor.node", description=__doc__)
+    parser = Parser(prog="python -m executor.node", description=__doc__)
     parser.add_argument("--role", required=True, help="this node's name in the cluster file")
     parser.add_argument("--cluster", required=True, type=Path, help="cluster.toml")
     parser.add_argument("--device", help="torch device; overrides the cluster file")

@@ -8,13 +8,22 @@ the unit n has run are not crossed at all.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations_with_replacement, pairwise
 
 from executor.errors import ConfigError
 
-__all__ = ["ModelSpec", "Plan", "candidate_cuts", "candidate_plans", "is_constrained", "plan_mask"]
+__all__ = [
+    "ModelSpec",
+    "Plan",
+    "candidate_cuts",
+    "candidate_plans",
+    "find_route",
+    "is_constrained",
+    "next_node",
+    "plan_mask",
+]
 
 
 @dataclass(frozen=True)
@@ -140,12 +149,55 @@ def candidate_plans(spec: ModelSpec, n_nodes: int = 3) -> tuple[Plan, ...]:
     return tuple(Plan(c) for c in cuts)
 
 
+def next_node(plan: Plan, node: int, n_units: int, direct: Mapping[int, int] | None) -> int:
+    """The node after `node` on the way of a request, where `direct` links may be taken.
+
+    A direct link is taken where the plan leaves every node between its ends empty.
+    """
+    far = direct.get(node) if direct else None
+    if far is not None and far <= plan.last_node(n_units):
+        bounds = (plan.stage(k, n_units) for k in range(node + 1, far))
+        if all(start == stop for start, stop in bounds):
+            return far
+    return node + 1
+
+
+def find_route(
+    plan: Plan,
+    n_units: int,
+    *,
+    down: Iterable[int] = (),
+    broken: Iterable[tuple[int, int]] = (),
+    direct: Mapping[int, int] | None = None,
+) -> tuple[int, ...] | None:
+    """The nodes that a request passes under `plan` now; None where it cannot be served.
+
+    The chain is taken where it is whole, else the chain with every direct link the plan permits.
+
+    Args:
+        plan: The plan.
+        n_units: The model's units.
+        down: Nodes that do not answer.
+        broken: Links (from, to) that are not connected.
+        direct: Direct links, from node -> to node.
+    """
+    out, gone, last = frozenset(down), frozenset(broken), plan.last_node(n_units)
+    for links in (None, direct) if direct else (None,):
+        route = [0]
+        while route[-1] < last:
+            route.append(next_node(plan, route[-1], n_units, links))
+        if out.isdisjoint(route) and gone.isdisjoint(pairwise(route)):
+            return tuple(route)
+    return None
+
+
 def plan_mask(
     plans: Sequence[Plan],
     spec: ModelSpec,
     *,
     constrained: bool = False,
     down: Iterable[int] = (),
+    direct: Mapping[int, int] | None = None,
 ) -> tuple[bool, ...]:
     """Which plans may be used now: the one mask of policy, runtime and solvers.
 
@@ -153,12 +205,14 @@ def plan_mask(
         plans: The plans to judge.
         spec: The model.
         constrained: Apply the reference's rule (`is_constrained`).
-        down: Indices of nodes that do not answer; a plan that computes on or relays through one
-            is excluded.
+        down: Indices of nodes that do not answer; a plan that needs one (to compute, or to relay
+            where no direct link leads past it) is excluded.
+        direct: Direct links, see `find_route`.
     """
-    out = set(down)
+    out = frozenset(down)
     n = spec.n_units
     return tuple(
-        (not constrained or is_constrained(p, spec)) and not any(d <= p.last_node(n) for d in out)
+        (not constrained or is_constrained(p, spec))
+        and find_route(p, n, down=out, direct=direct) is not None
         for p in plans
     )

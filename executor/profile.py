@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from executor.errors import ConfigError, ProfileError
+from executor.files import write_atomic
 from executor.plan import ModelSpec
 
 __all__ = ["HopModel", "NodePower", "NodeProfile", "Profile", "write_atomic"]
@@ -187,18 +187,3 @@ class Profile:
         except (OSError, UnicodeDecodeError) as error:
             raise ProfileError(f"cannot read profile {path}: {error}") from error
         return cls.from_json(text, str(path))
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` beside `path` and rename it, so a reader never sees half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(aside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -9,18 +9,20 @@ Commands are JSON lines on stdin; the end of stdin ends the process:
     {"hop": 0, "listen": 0, "target": "127.0.0.1:5000", "mbps": 40, "delay_s": 0.005}
     {"hop": 0, "mbps": 5}      {"hop": 0, "delay_s": 0.02}      {"hop": 0, "cut": true}
     {"hop": 0, "trace": {"t0": 1234.5, "dt_s": 1.0, "mbps": [40, 0, 5]}}
+    {"hop": 0, "flip_bytes": 500000}
 
 A new hop is answered with {"ready": 0, "port": 40001}, a bad command with {"error": "..."}.
 1 Mbit/s is 125 000 bytes/s. A cut hop drops its connections and every new one until it is mended.
+`flip_bytes` flips one random bit per so many bytes on average, in both directions; 0 stops it.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import math
 import os
+import random
 import select
 import signal
 import socket
@@ -30,6 +32,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+from executor.arguments import Parser
 from executor.errors import ConfigError
 from executor.shaping import RateTrace, SerialLink, check_delay
 
@@ -47,7 +50,14 @@ CATCH_UP_S = 0.02
 class _Flow:
     """One direction of one connection: source socket -> link -> destination socket."""
 
-    def __init__(self, source: socket.socket, sink: socket.socket, link: SerialLink[_Piece]):
+    def __init__(
+        self,
+        source: socket.socket,
+        sink: socket.socket,
+        link: SerialLink[_Piece],
+        damage: _Damage,
+    ):
+        self.damage = damage
         self.source = source
         self.sink = sink
         self.link = link
@@ -77,7 +87,7 @@ class _Flow:
                 return
             # Had this thread woken in time, held-back bytes would have followed at once.
             arrived_s = now_s - CATCH_UP_S if self.held_back else now_s
-            view = memoryview(data)
+            view = memoryview(self.damage.apply(data))
             rate = self.link.rate_at(now_s)
             step = int(min(max(rate * PIECE_S, MIN_PIECE_BYTES), READ_BYTES))
             for k in range(0, len(view), step):
@@ -125,8 +135,8 @@ class _Connection:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
         self.flows = (
-            _Flow(self.near, self.far, hop.links[0]),
-            _Flow(self.far, self.near, hop.links[1]),
+            _Flow(self.near, self.far, hop.links[0], hop.damage),
+            _Flow(self.far, self.near, hop.links[1], hop.damage),
         )
         self.connecting = True
         self.closed = False
@@ -144,6 +154,24 @@ class _Connection:
         self.far.close()
 
 
+class _Damage:
+    """Flips one bit per `flip_bytes` bytes that pass, on average; none while that is 0."""
+
+    def __init__(self) -> None:
+        self.flip_bytes = 0.0
+        self._random = random.Random(0)
+
+    def apply(self, data: bytes) -> bytes:
+        if not self.flip_bytes:
+            return data
+        damaged = bytearray(data)
+        position = self._random.expovariate(1.0 / self.flip_bytes)
+        while position < len(damaged):
+            damaged[int(position)] ^= 1 << self._random.randrange(8)
+            position += self._random.expovariate(1.0 / self.flip_bytes)
+        return bytes(damaged)
+
+
 class _Hop:
     """A listening port, a target, and one serial link per direction, shared by connections."""
 
@@ -157,6 +185,7 @@ class _Hop:
             SerialLink(trace, delay_s),
         )
         self.connections: list[_Connection] = []
+        self.damage = _Damage()
         self.cut = False
 
     def accept(self) -> None:
@@ -223,7 +252,8 @@ class RelayServer:
             raise ConfigError(f'a relay command needs a whole number under "hop", got {message!r}')
         index = message["hop"]
         settings = {key: value for key, value in message.items() if key != "hop"}
-        unknown = settings.keys() - {"listen", "target", "mbps", "delay_s", "trace", "cut"}
+        known = {"listen", "target", "mbps", "delay_s", "trace", "cut", "flip_bytes"}
+        unknown = settings.keys() - known
         if unknown:
             raise ConfigError(f"relay command for hop {index}: unknown settings {sorted(unknown)}")
         try:
@@ -273,6 +303,10 @@ class RelayServer:
         elif "mbps" in settings:
             trace = RateTrace.constant(float(settings["mbps"]))
         delay_s = check_delay(settings["delay_s"]) if "delay_s" in settings else None
+        flip_bytes = float(settings.get("flip_bytes", hop.damage.flip_bytes))
+        if not (math.isfinite(flip_bytes) and flip_bytes >= 0):
+            raise ConfigError(f"hop {index}: flip_bytes must be >= 0, got {flip_bytes}")
+        hop.damage.flip_bytes = flip_bytes
         for link in hop.links:
             if trace is not None:
                 link.set_trace(time.monotonic(), trace)
@@ -356,7 +390,7 @@ def _obey(server: RelayServer, line: bytes) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Relay until stdin ends; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m executor.relay",
         description="Shape the hops of a local testbed; commands are JSON lines on stdin.",
     )

@@ -11,16 +11,17 @@ Times of traces are `time.monotonic()` seconds, which all processes of a Linux m
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from executor.child import Child
-from executor.cluster import Cluster, NodeConfig
+from executor.cluster import Cluster, DirectLink, NodeConfig
 from executor.errors import ConfigError, HandshakeError
 from executor.pacing import LoadTrace, Pacer
 from executor.shaping import RateTrace, check_delay
@@ -178,6 +179,17 @@ class Relay:
         """
         self._send(hop, cut=bool(cut))
 
+    def set_flips(self, hop: int, flip_bytes: float) -> None:
+        """Flip one random bit per so many bytes on average, both ways; 0 flips none.
+
+        Raises:
+            ConfigError: No such hop, or the number is negative.
+            HandshakeError: The relay has ended.
+        """
+        if not flip_bytes >= 0:
+            raise ConfigError(f"flip_bytes must be >= 0, got {flip_bytes}")
+        self._send(hop, flip_bytes=float(flip_bytes))
+
     def _send(self, hop: int, **settings: Any) -> None:
         if not 0 <= hop < self._hops:
             raise ConfigError(f"there is no hop {hop}; the chain has hops 0..{self._hops - 1}")
@@ -209,6 +221,7 @@ class Testbed:
         nodes: Sequence[TestbedNode] = DEFAULT_NODES,
         hops: Sequence[TestbedHop] = DEFAULT_HOPS,
         max_queue: int = 64,
+        direct: TestbedHop | None = None,
     ) -> None:
         """Start the processes and wait until every node serves.
 
@@ -218,6 +231,8 @@ class Testbed:
             nodes: The chain, N >= 2 nodes.
             hops: The N - 1 hops between them.
             max_queue: Requests a node queues before it refuses.
+            direct: A link from the first node to the last, past those between; it is hop N - 1 of
+                the relay. None: there is none.
 
         Raises:
             ConfigError: A setting is wrong; a node's refusal carries the node's words.
@@ -234,16 +249,17 @@ class Testbed:
             weights = str(Path(weights).absolute())
         self._stack = ExitStack()
         self._children: list[Child] = []
+        self._stopped: set[int] = set()
         self._clients: list[Client] = []
         try:
-            self._start(model, weights, max_queue)
+            self._start(model, weights, max_queue, direct)
         except BaseException:
             for child in self._children:
                 child.kill()  # still importing or loading weights, they would not notice a request
             self.close()
             raise
 
-    def _start(self, model: str, weights: str, max_queue: int) -> None:
+    def _start(self, model: str, weights: str, max_queue: int, direct: TestbedHop | None) -> None:
         folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="splitpilot-"))
         self._relay = self._stack.enter_context(Relay())
         with ExitStack() as reserved:
@@ -251,6 +267,10 @@ class Testbed:
             dials = [ports[0]]
             for port, hop in zip(ports[1:], self.hops, strict=True):
                 dials.append(self._relay.add_hop(port, hop))
+            links: tuple[DirectLink, ...] = ()
+            if direct is not None:
+                dial = self._relay.add_hop(ports[-1], direct)
+                links = (DirectLink(self.nodes[0].name, self.nodes[-1].name, HOST, dial),)
             self.cluster = Cluster(
                 model=model,
                 weights=weights,
@@ -267,6 +287,7 @@ class Testbed:
                 ),
                 max_queue=max_queue,
                 threads=1,
+                direct=links,
             )
             self._file = Path(folder) / "cluster.toml"
             self._file.write_text(self.cluster.to_toml(), encoding="utf-8")
@@ -274,8 +295,12 @@ class Testbed:
             for index in range(len(self.nodes)):
                 self._await_ready(index)
 
-    def _spawn(self, node: TestbedNode) -> Child:
-        args = ["--role", node.name, "--cluster", str(self._file), "--threads", "1"]
+    def _spawn(self, node: TestbedNode, weights: str | None = None) -> Child:
+        file = self._file
+        if weights is not None:
+            file = self._file.with_name(f"{node.name}-other-weights.toml")
+            file.write_text(replace(self.cluster, weights=weights).to_toml(), encoding="utf-8")
+        args = ["--role", node.name, "--cluster", str(file), "--threads", "1"]
         args += ["--ratio", repr(float(node.ratio)), "--control-stdin"]
         return Child(f"node {node.name}", "executor.node", args)
 
@@ -336,6 +361,10 @@ class Testbed:
         """Cut a hop, or mend it (see `Relay.set_cut`)."""
         self._relay.set_cut(hop, cut)
 
+    def set_flips(self, hop: int, flip_bytes: float) -> None:
+        """Damage what crosses a hop (see `Relay.set_flips`)."""
+        self._relay.set_flips(hop, flip_bytes)
+
     def set_load(self, node: int | str, value: float) -> None:
         """Change a node's background load, from its next stage on; clipped to [0, 0.9].
 
@@ -372,17 +401,50 @@ class Testbed:
         """
         self._child(node).kill()
 
-    def restart(self, node: int | str) -> None:
+    def restart(self, node: int | str, weights: str | None = None) -> None:
         """Start a node's process again on the same port; its load starts over.
+
+        Args:
+            node: Index or name.
+            weights: Other weights than the chain's, which a client must refuse; a path, or None.
 
         Raises:
             ConfigError: No such node.
             HandshakeError: It does not serve in time.
         """
         index = self._index(node)
+        self.resume(index)
         self._children[index].close()
-        self._children[index] = self._spawn(self.nodes[index])
+        self._children[index] = self._spawn(self.nodes[index], weights)
         self._await_ready(index)
+
+    def pause(self, node: int | str) -> None:
+        """Stop a node's process where it stands (SIGSTOP); its sockets stay open.
+
+        Raises:
+            ConfigError: No such node.
+        """
+        self._child(node).signal(signal.SIGSTOP)
+        self._stopped.add(self._index(node))
+
+    def resume(self, node: int | str) -> None:
+        """Let a paused process go on (SIGCONT).
+
+        Raises:
+            ConfigError: No such node.
+        """
+        index = self._index(node)
+        if index in self._stopped:
+            self._stopped.discard(index)
+            self._children[index].signal(signal.SIGCONT)
+
+    def limit_files(self, node: int | str, n_bytes: int) -> None:
+        """Let none of a node's files (its log) grow past `n_bytes`; -1 lifts the limit.
+
+        Raises:
+            ConfigError: No such node.
+        """
+        self._child(node).limit_files(n_bytes)
 
     def _index(self, node: int | str) -> int:
         if isinstance(node, str):
@@ -401,6 +463,8 @@ class Testbed:
         for client in self._clients:
             client.close()
         self._clients.clear()
+        for index in tuple(self._stopped):
+            self.resume(index)
         for child in self._children:
             child.end_input()  # all at once: they take a moment to end
         for child in self._children:

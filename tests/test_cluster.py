@@ -1,8 +1,10 @@
 """cluster.toml: read, written, and refused in one clear line."""
 
+from dataclasses import replace
+
 import pytest
 
-from executor.cluster import Cluster, NodeConfig, is_loopback
+from executor.cluster import Cluster, DirectLink, NodeConfig, is_loopback
 from executor.errors import ConfigError
 
 TOML = """
@@ -39,6 +41,42 @@ def test_it_round_trips(tmp_path):
     )
     cluster = Cluster("vgg16", 'a "b"\\c\x7f', nodes, max_queue=3, threads=2, keys_dir="/k/é")
     assert Cluster.from_toml(cluster.to_toml()) == cluster
+    for link in (DirectLink("edge", "cloud"), DirectLink("edge", "cloud", "::1", 77)):
+        linked = replace(cluster, direct=(link,))
+        assert Cluster.from_toml(linked.to_toml()) == linked
+
+
+DIRECT = """
+[[nodes]]
+name = "far"
+host = "127.0.0.1"
+port = 5552
+[[direct]]
+from = "edge"
+to = "far"
+connect = "10.0.0.9:7000"
+"""
+
+
+def test_a_direct_link_leads_past_a_node():
+    cluster = Cluster.from_toml(TOML + DIRECT)
+    assert cluster.direct_links == {0: 2}
+    assert cluster.direct_target(0).connect_endpoint() == "tcp://10.0.0.9:7000"
+    assert cluster.direct_target(1) is None
+    plain = Cluster.from_toml(TOML + DIRECT.replace('connect = "10.0.0.9:7000"', ""))
+    assert plain.direct_target(0).connect_endpoint() == "tcp://127.0.0.1:5552"
+    for old, new, words in (
+        ('to = "far"', 'to = "cloud"', "past at least one node"),
+        ('to = "far"', 'to = "fra"', "unknown role 'fra'"),
+        ('to = "far"', "", "to must be a node's name"),
+        ("connect", "conect", "unknown conect"),
+        (":7000", ":0", '"host:port"'),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            Cluster.from_toml(TOML + DIRECT.replace(old, new))
+    twice = DIRECT + '[[direct]]\nfrom = "edge"\nto = "far"\n'
+    with pytest.raises(ConfigError, match="at most one direct link"):
+        Cluster.from_toml(TOML + twice)
 
 
 def test_paths_are_relative_to_the_file(tmp_path):

@@ -100,3 +100,21 @@ def test_falls_back_when_cost_drifts_above_prediction(
                  for i in range(6)]  # fmt: skip
     assert decisions[0] and not decisions[-1]
     assert guarded.reason == "observed cost above predicted"
+
+
+def test_no_plan_goes_through_a_node_that_is_down(
+    guarded: GuardedController, model: CostModel, state: SystemState
+) -> None:
+    up = np.array([[True, False, True]])
+    broken = dataclasses.replace(state, node_up=up)
+    decision = guarded.decide(broken)
+    assert guarded.reason == "node down" and guarded.fallbacks["node down"] == 1
+    assert (decision.cuts == model.profile.spec.n_units).all()
+    linked = CostModel(model.profile, model.scenario, direct={0: 2})
+    (usable,) = linked.usable(broken)
+    assert {tuple(c) for c in linked.table.cuts[usable]} == {
+        p.cuts for p in linked.plans if p.cuts[0] == p.cuts[1]
+    }
+    assert model.usable(state) is None
+    nothing = dataclasses.replace(state, node_up=np.array([[False, True, True]]))
+    assert model.usable(nothing).all()

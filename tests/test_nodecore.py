@@ -21,6 +21,7 @@ from executor.wire import (
     Kind,
     StageStamp,
     array_body,
+    attach,
     decode_json,
     encode_json,
     pack,
@@ -61,7 +62,7 @@ def ack(hop, header, received_s, now_s, kind=Kind.ACK):
 def test_the_queue_is_fair_between_clients_and_ordered_within_one():
     queue = FairQueue(10)
     for client, seq in ((b"a", 1), (b"a", 2), (b"a", 3), (b"b", 1), (b"c", 1), (b"b", 2)):
-        assert queue.put(job(client, seq))
+        assert queue.put(job(client, seq)) is None
     served = [queue.get().header for _ in range(6)]
     assert [(h.client[:1], h.seq) for h in served] == [
         (b"a", 1),
@@ -75,10 +76,11 @@ def test_the_queue_is_fair_between_clients_and_ordered_within_one():
 
 def test_the_queue_is_bounded_and_closing_wakes_the_reader():
     queue = FairQueue(2)
-    assert queue.put(job(b"a")) and queue.put(job(b"b")) and not queue.put(job(b"c"))
+    third = job(b"c")
+    assert not queue.put(job(b"a")) and not queue.put(job(b"b")) and queue.put(third) is third
     assert len(queue) == len(queue.snapshot()) == 2
     queue.close()
-    assert queue.get() is None and not queue.put(job(b"a")) and len(queue) == 0
+    assert queue.get() is None and queue.put(third) is third and len(queue) == 0
     waiting = FairQueue(1)
     got = []
     thread = threading.Thread(target=lambda: got.append(waiting.get()))
@@ -213,13 +215,121 @@ def test_both_bounds_refuse_with_an_error():
     assert parse(node.up[-1][1]).header.seq == 1 and node.refused == 3
 
 
+def test_a_request_that_comes_twice_is_computed_once():
+    node, queue, _ = core(1, max_queue=4)
+    header, body = infer((0, 9))
+    header.tries = 1
+    node.on_upstream(b"up", [pack(header), body], 0.0)
+    node.on_upstream(b"again", [pack(header), body], 0.1)
+    assert len(queue) == 1 and node.duplicates == 1
+    taken = queue.get()
+    # The second try wants the same stage here, and another one after it.
+    header.tries, header.cuts = 2, (0, 21)
+    node.on_upstream(b"again", [pack(header), body], 0.2)
+    assert len(queue) == 1  # units 0..21 are another stage: what runs is of no use
+    node.on_outcome(Outcome(taken, 0.0, 1.0, 1.0, np.ones(3, np.float32)), 1.0)
+    assert not node.hop.outbox
+    second = queue.get()
+    header.tries = 3
+    node.on_upstream(b"third", [pack(header), body], 1.1)
+    assert len(queue) == 0 and node.duplicates == 2
+    node.on_outcome(Outcome(second, 1.0, 2.0, 1.0, np.ones((1, 1000), np.float32)), 2.0)
+    identity, parts = node.up[-1]
+    assert identity == b"third" and parse(parts).header.tries == 3
+
+
+def test_a_broken_hop_is_told_and_what_was_on_it_is_lost():
+    node, _, _ = core(1, max_queue=4)
+    node.on_link(node.hop, True, 0.0)
+    for seq in (1, 2):
+        header, body = infer((0, 0), seq)
+        header.tries = 1
+        node.on_upstream(b"up", [pack(header), body], 0.0)
+    node.hop.outbox.clear()
+    node.up.clear()
+    # A later acknowledgement shows that the first was lost on the way.
+    ack(node.hop, infer((0, 0), 9)[0], 0.1, 0.1)
+    reply = Header(Kind.ACK, client=b"c" * 16, seq=2, tries=1, clock_s=(0.0, 0.1, 0.1))
+    node.on_downstream([pack(reply)], 0.1)
+    (lost,) = (parse(parts) for _, parts in node.up)
+    assert (lost.header.seq, decode_json(lost.body)["code"]) == (1, "lost")
+    node.up.clear()
+    node.on_link(node.hop, False, 0.2)
+    node.tick(0.2)
+    header, body = infer((0, 0), 3)
+    node.on_upstream(b"up", [pack(header), body], 0.3)
+    frames = [parse(parts) for _, parts in node.up]
+    errors = [(f.header.seq, decode_json(f.body)) for f in frames if f.header.kind is Kind.ERROR]
+    assert [(seq, e["code"], e["to"]) for seq, e in errors] == [
+        (2, "hop_down", 2),
+        (3, "hop_down", 2),
+    ]
+    status = next(decode_json(f.body) for f in frames if f.header.kind is Kind.STATUS)
+    assert status["hop_up"] is False and not node.hop.outbox
+    node.on_link(node.hop, True, 1.0)
+    node.tick(1.0)
+    assert parse(node.hop.outbox.popleft()).header.kind is Kind.PING
+
+
+def test_damage_on_the_way_back_is_told():
+    node, _, _ = core(0, max_queue=4)
+    for seq in (1, 2):
+        header, body = infer((0, 0), seq)
+        node.on_upstream(b"up", [pack(header), body], 0.0)
+    header.kind = Kind.RESULT
+    result = array_body(header, np.ones((1, 1000), np.float32))
+    damaged = bytes([result[0] ^ 1]) + bytes(result[1:])
+    node.on_downstream([pack(header), damaged], 0.5)
+    node.on_downstream([b"SPLT" + bytes(300), bytes(result)], 0.6)
+    lost = [(parse(p).header.seq, decode_json(parse(p).body)["code"]) for _, p in node.up]
+    assert lost == [(2, "lost"), (1, "lost")]
+
+
+def test_a_direct_link_is_taken_where_the_plan_permits():
+    queue = FairQueue(4)
+    config = CoreConfig(0, 3, SPEC, DIGEST, 4, {"name": "edge"}, direct=2)
+    node = NodeCore(config, queue, lambda now_s: {}, ConstantPowerMeter())
+    for cuts, seq, link in (((0, 0), 1, node.direct), ((0, 5), 2, node.hop)):
+        header, body = infer(cuts, seq)
+        header.direct = True
+        node.on_upstream(b"up", [pack(header), body], 1.0)
+        sent = parse(link.outbox.popleft()).header
+        assert sent.seq == seq and sent.hops[link.target - 1].sent_s == 1.0
+        assert not node.hop.outbox and not node.direct.outbox
+
+
+def test_a_silent_link_counts_as_down():
+    node, _, _ = core(0)
+    assert node._status(0.0)["hop_up"] is None
+    node.on_link(node.hop, True, 1.0)
+    assert node._status(1.5)["hop_up"] is True
+    assert node._status(1.7)["hop_up"] is False
+    node.on_downstream([pack(Header(Kind.ACK))], 2.0)
+    assert node._status(2.1)["hop_up"] is True
+
+
+def test_a_connection_that_moves_nothing_is_made_anew():
+    node, _, _ = core(0)
+    node.on_link(node.hop, True, 0.0)
+    node.tick(0.0)
+    node.tick(3.0)
+    assert not node.stuck
+    node.tick(5.0)
+    assert node.stuck == [node.hop]
+
+
 def test_a_failed_stage_is_answered():
     node, queue, _ = core(2)
     header, body = infer((0, 0))
     node.on_upstream(b"up", [pack(header), body], 0.0)
     node.on_outcome(Outcome(queue.get(), 0.0, 1.0, error="ValueError: no"), 1.0)
     answer = decode_json(parse(node.up[-1][1]).body)
-    assert answer == {"code": "failed", "reason": "node n2: ValueError: no", "node": 2}
+    assert answer == {
+        "code": "failed",
+        "reason": "node n2: ValueError: no",
+        "node": 2,
+        "to": 2,
+    }
 
 
 def test_frames_from_the_wrong_side_are_counted_and_dropped():
@@ -250,8 +360,7 @@ def test_status_goes_to_whoever_talks_and_stops_when_they_leave():
     assert values["node"] == 1 and values["meter"] == "constant-12W"
     node.up.clear()
     status = Header(Kind.STATUS)
-    body = encode_json({"node": 2})
-    status.body_bytes = len(body)
+    body = attach(status, encode_json({"node": 2}))
     node.on_downstream([pack(status), body], 0.15)
     assert kinds(node) == [Kind.STATUS]
     node.tick(40.0)
@@ -262,7 +371,14 @@ def test_status_goes_to_whoever_talks_and_stops_when_they_leave():
 
 def test_a_status_with_a_bad_field_is_refused():
     node, _, _ = core(2)
-    good = {**node._status(0.0), "load": 0, "backlog_s": 0.5, "overruns": 0, "stages": 3}
+    good = {
+        **node._status(0.0),
+        "load": 0,
+        "backlog_s": 0.5,
+        "overruns": 0,
+        "stages": 3,
+        "unauthenticated": 0,
+    }
     assert NodeStatus.from_json(good, 1.0, False).backlog_s == 0.5
     for change in ({"node": "0"}, {"load": None}, {"stages": True}, {"meter": 3}):
         with pytest.raises(WireError, match=next(iter(change))):
@@ -296,3 +412,104 @@ def test_host_load_is_what_others_use(tmp_path, monkeypatch):
     assert load.read(0.5) == 0.0
     assert load.read(1.0) == pytest.approx(0.5)
     assert HostLoad(tmp_path / "absent").read(5.0) == 0.0
+
+
+def of_client(client, cuts, seq):
+    header, body = infer(cuts, seq)
+    header.client = client * 16
+    return [pack(header), body]
+
+
+def refusals(node):
+    """Whom the node refused, and takes them out of `up`."""
+    replies = [parse(parts) for _, parts in node.up]
+    node.up.clear()
+    return [
+        (r.header.client[:1], r.header.seq)
+        for r in replies
+        if r.header.kind is Kind.ERROR and decode_json(r.body)["code"] == "refused"
+    ]
+
+
+@pytest.mark.parametrize("cuts", [(10, 19), (0, 0)])
+def test_a_greedy_client_makes_room_for_the_others(cuts):
+    """In the compute queue (10, 19) and on the hop (0, 0)."""
+    node, queue, _ = core(0, max_queue=4)
+    for seq in range(6):
+        node.on_upstream(b"g", of_client(b"g", cuts, seq), 0.0)
+    assert refusals(node) == [(b"g", 4), (b"g", 5)]
+    node.on_upstream(b"m", of_client(b"m", cuts, 0), 0.0)
+    node.on_upstream(b"n", of_client(b"n", cuts, 0), 0.0)
+    assert refusals(node) == [(b"g", 3), (b"g", 2)] and node.refused == 4
+    node.on_upstream(b"m", of_client(b"m", cuts, 1), 0.0)
+    assert refusals(node) == [(b"m", 1)]
+    if cuts == (0, 0):
+        assert node.hop.backlog_frames == 4
+        assert node.hop.backlog_bytes == 4 * SPEC.cut_bytes[0]
+        served = [parse(node.hop.outbox.popleft()).header for _ in range(4)]
+        assert not node.hop.outbox and node.hop.backlog_frames == 4
+    else:
+        served = [queue.get().header for _ in range(4)]
+    assert [(h.client[:1], h.seq) for h in served] == [(b"g", 0), (b"m", 0), (b"n", 0), (b"g", 1)]
+
+
+def test_with_more_clients_than_places_they_take_turns():
+    queue = FairQueue(2)
+    clients = [bytes([c]) for c in range(6)]
+    served = dict.fromkeys(clients, 0)
+    for seq in range(200):
+        for client in clients:  # the first ones always come first
+            queue.put(job(client, seq))
+        served[queue.get().header.client[:1]] += 1
+    assert max(served.values()) <= 1.5 * min(served.values())
+
+
+def test_acknowledgements_are_expected_in_the_order_of_sending():
+    """Round-robin lets a later request overtake; what it overtook is not taken for lost."""
+    hop = Hop(b"me" * 8)
+    headers = {}
+    for client, seq in ((b"a", 0), (b"a", 1), (b"b", 0)):
+        header, _ = infer((0, 0), seq)
+        header.client = client * 16
+        headers[client, seq] = header
+        hop.send(header, None, 0.0)
+    assert hop.probe(ProbeRun(Header(Kind.PROBE), 1000, 1), 0.0)
+    order = [parse([*hop.outbox.popleft()[:1], bytes(n)]).header for n in (602112,) * 3]
+    assert [(h.client[:1], h.seq) for h in order] == [(b"a", 0), (b"b", 0), (b"a", 1)]
+    for n, header in enumerate(order):
+        ack(hop, header, 0.1, 0.1)
+        assert hop.backlog_frames == 3 - n and hop.backlog_bytes == (2 - n) * 602112 + 1000
+    assert parse(hop.outbox.popleft()).header.kind is Kind.PING
+
+
+def test_a_peer_over_its_rate_is_told_so_and_others_are_served():
+    config = CoreConfig(2, 3, SPEC, DIGEST, 64, {"name": "n2"}, peer_rate_rps=2.0)
+    queue = FairQueue(64)
+    node = NodeCore(config, queue, lambda now_s: {}, ConstantPowerMeter())
+    for seq in range(6):
+        node.on_upstream(b"flood", of_client(b"f", (0, 0), seq), 0.0)
+    node.on_upstream(b"quiet", of_client(b"q", (0, 0), 0), 0.0)
+    replies = [parse(parts) for _, parts in node.up]
+    reasons = [decode_json(r.body)["reason"] for r in replies if r.header.kind is Kind.ERROR]
+    assert reasons == ["node n2: more than 2 messages/s from one peer; send slower"] * 2
+    assert len(queue) == 5 and node.refused == 2
+    node.up.clear()
+    node.on_upstream(b"flood", of_client(b"f", (0, 0), 6), 1.0)
+    assert kinds(node) == [Kind.ACK] and len(queue) == 6
+
+
+def test_control_frames_and_probes_are_bounded():
+    node, _, _ = core(0)
+    for kind in (Kind.HELLO, Kind.PROBE, Kind.PROFILE):
+        header = Header(kind, client=b"c" * 16)
+        body = array_body(header, np.zeros(100_000, np.uint8))
+        node.on_upstream(b"id", [pack(header), body], 0.0)
+    errors = [decode_json(parse(parts).body) for _, parts in node.up]
+    assert [e["code"] for e in errors] == ["bad_body"] * 3 and not node.hop.outbox
+    node.up.clear()
+    for seq in range(80):
+        body = encode_json({"hop": 0, "payload_bytes": 10, "repeats": 1})
+        header = Header(Kind.PROBE, client=b"c" * 16, seq=seq)
+        body = attach(header, body)
+        node.on_upstream(b"id", [pack(header), body], 0.0)
+    assert refusals(node) == [(b"c", seq) for seq in range(65, 80)]

@@ -54,6 +54,19 @@ def random_states(model: CostModel, count: int, seed: int) -> SystemState:
     )
 
 
+def test_the_policy_never_picks_a_plan_through_a_node_that_is_down(model, tmp_path):
+    policy = make_policy(model, 0.5)
+    arrays = export_arrays(policy)
+    checkpoint = Checkpoint(model.profile, model.references, model.plans, arrays, {})
+    controller = PolicyController(checkpoint)
+    controller.reset(model, 64)
+    state = random_states(model, 64, 3)
+    state.node_up[::2, 2] = False
+    cuts = controller.decide(state).cuts
+    n = model.profile.spec.n_units
+    assert (cuts[::2, 1] == n).all() and (cuts[1::2, 1] < n).any()
+
+
 def make_policy(model: CostModel, scale: float) -> ResidualSolverPolicy:
     """A policy whose correction is random of the given size (0: as initialised)."""
     env = SimulatorVecEnv(model, 2, seed=0)

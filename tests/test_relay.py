@@ -213,6 +213,24 @@ def test_an_outage_delays_and_loses_nothing(hop):
     sender.join(DEADLINE_S)
 
 
+def test_flips_damage_single_bits_and_stop(hop):
+    relay, near, far, _, _ = hop
+    relay.set_flips(0, 5000.0)
+    data = bytes(200_000)
+    sender = threading.Thread(target=near.sendall, args=(data,))
+    sender.start()
+    got = receive(far, len(data))
+    sender.join(DEADLINE_S)
+    flipped = [byte for byte in got if byte]
+    assert 10 < len(flipped) < 100 and all(byte.bit_count() == 1 for byte in flipped)
+    relay.set_flips(0, 0.0)
+    time.sleep(0.1)
+    near.sendall(data[:1000])
+    assert receive(far, 1000) == data[:1000]
+    with pytest.raises(ConfigError, match="flip_bytes"):
+        relay.set_flips(0, -1.0)
+
+
 def test_a_cut_drops_connections_until_mended(hop, sockets):
     relay, near, far, server, port = hop
     near.sendall(b"before")

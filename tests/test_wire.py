@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from executor.errors import WireError
+from executor.errors import FrameDamaged, WireError
 from executor.wire import (
     MAX_BODY_BYTES,
     Frame,
@@ -22,6 +22,7 @@ from executor.wire import (
     pack,
     parse,
     parse_header,
+    seal,
 )
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
@@ -67,14 +68,17 @@ def test_any_header_round_trips(kind, client, seq, cuts, clock, data):
     cut_at=st.integers(0, 400),
     extra=st.binary(max_size=20),
     body_change=st.integers(-4, 4),
+    sealed=st.booleans(),
 )
-@settings(deadline=None, max_examples=400)
-def test_mutated_bytes_give_a_frame_or_a_wire_error(edits, cut_at, extra, body_change):
+@settings(deadline=None, max_examples=600)
+def test_mutated_bytes_give_a_frame_or_a_wire_error(edits, cut_at, extra, body_change, sealed):
     header, body, _ = infer()
     raw = bytearray(pack(header))
     for position, value in edits:
         raw[position % len(raw)] = value
     raw = raw[:cut_at] + extra if cut_at < len(raw) else raw + extra
+    if sealed:  # as a peer would that means to do harm: the checksum stops it no more
+        raw = seal(bytes(raw[:-4]))
     data = bytes(body)[: len(body) + min(body_change, 0)] + bytes(max(body_change, 0))
     try:
         frame = parse([bytes(raw), data])
@@ -104,7 +108,17 @@ def test_a_json_body_is_an_object_or_a_wire_error(body):
 
 
 @pytest.mark.parametrize(
-    "body", [b"[" * 100_000, b'{"a": NaN}', b'{"a": 1e999}', b"[1]", b"1" * 5000, b"", None]
+    "body",
+    [
+        b"[" * 100_000,
+        b'{"a": NaN}',
+        b'{"a": 1e999}',
+        b"[1]",
+        b"1" * 5000,
+        b"",
+        None,
+        b'{"a": %s}' % (b"1" * 40),
+    ],
 )
 def test_hostile_json_is_refused(body):
     with pytest.raises(WireError):
@@ -124,7 +138,7 @@ def test_errors_name_the_field():
     with pytest.raises(WireError, match="magic"):
         parse_header(b"NOPE" + bytes(raw[4:]))
     raw[4] = 9
-    with pytest.raises(WireError, match="wire version 1, got 9"):
+    with pytest.raises(WireError, match="wire version 2, got 9"):
         parse_header(bytes(raw))
     with pytest.raises(WireError, match="1 or 2 parts, got 3"):
         parse([b"", b"", b""])
@@ -150,11 +164,36 @@ def test_body_must_match_the_header():
         parse([pack(header)])
 
 
+@given(position=st.integers(0, 2**20), bit=st.integers(0, 7), in_body=st.booleans())
+@settings(deadline=None, max_examples=300)
+def test_a_flipped_bit_is_damage(position, bit, in_body):
+    header, body, _ = infer()
+    parts = [bytearray(pack(header)), bytearray(body)]
+    part = parts[in_body]
+    part[position % len(part)] ^= 1 << bit
+    with pytest.raises(WireError) as caught:
+        parse([bytes(part) for part in parts])
+    plain = not in_body and position % len(part) < 5  # the magic and version are read first
+    assert plain or isinstance(caught.value, FrameDamaged)
+
+
+def test_the_try_and_the_way_are_in_the_header():
+    header, body, _ = infer()
+    header.tries, header.direct = 3, True
+    got = parse([pack(header), body]).header
+    assert (got.tries, got.direct, got.body_crc) == (3, True, header.body_crc)
+    assert header.reply(Kind.ERROR).tries == 3
+    raw = bytearray(pack(header))
+    raw[11] = 0x80
+    with pytest.raises(WireError, match="flags"):
+        parse_header(seal(bytes(raw[:-4])))
+
+
 def test_timestamps_must_be_finite():
-    raw = bytearray(pack(infer()[0]))
-    raw[-8:] = struct.pack("<d", float("nan"))
+    header = infer()[0]
+    header.hops = [HopStamp(), HopStamp(free_s=float("nan"))]
     with pytest.raises(WireError, match="finite"):
-        parse_header(bytes(raw))
+        parse_header(pack(header))
 
 
 def test_what_has_no_place_in_the_layout_is_not_packed():

@@ -1,0 +1,318 @@
+"""Mutated frames against the frame parser and the whole of a node's protocol, without sockets.
+
+python benchmarks/fuzz_wire.py --frames 1000000
+
+Valid frames of every kind are flipped, cut, spliced and overwritten with extreme values, then fed
+to edge, fog and cloud cores as a hostile but admitted peer would. Anything but a clean refusal
+fails: an exception, more than a second for one frame, a queue that outgrows its bound, or more than
+50 MiB of memory gained. A failure prints the frame.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import os
+import random
+import signal
+import struct
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import numpy as np
+
+from executor import wire
+from executor._compute import FairQueue, Outcome
+from executor._nodecore import CoreConfig, NodeCore
+from executor.energy import ConstantPowerMeter
+from executor.errors import WireError
+from executor.plan import ModelSpec
+from executor.wire import (
+    Header,
+    HopStamp,
+    Kind,
+    StageStamp,
+    array_body,
+    array_of,
+    attach,
+    decode_json,
+    encode_json,
+    pack,
+    parse,
+    seal,
+)
+
+MAX_GROWTH_BYTES = 50 * 2**20
+MAX_FRAME_S = 1.0
+HANG_S = 60
+# A small model: what the frames say is tested, not what memory copies cost.
+SPEC = ModelSpec(
+    "toy",
+    tuple("abcdef"),
+    (192, 400, 96, 96, 48, 48, 40),
+    (True, True, False, True, False, True),
+    5,
+    (2, 4),
+)
+DIGEST = b"\xab" * 8
+MAX_QUEUE = 16
+EXTREMES = {
+    1: (0, 1, 2, 13, 63, 64, 127, 128, 255),
+    2: (0, 1, 6, 7, 63, 64, 0x7FFF, 0xFFFF),
+    4: (0, 1, 2**16, 2**31 - 1, 2**31, 2**32 - 1),
+    8: (0, 1, 48, 2**20, 64 * 2**20, 64 * 2**20 + 1, 2**63 - 1, 2**63, 2**64 - 1),
+}
+FLOATS = (float("nan"), float("inf"), float("-inf"), 1e308, -1e308, 5e-324, -0.0, 0.0, -1.0)
+VALUES: tuple[Any, ...] = (
+    None, True, -1, 0, 1, 2, 3, 2**63, 10**30, 1e308, -0.5, "", "x" * 3000, [], {}, [[[[]]]],
+    {"a": {"a": {}}}, "../../etc/passwd", "__import__('os')", "\x00", "\ud800",
+)  # fmt: skip
+HOSTILE_JSON = (
+    b"[" * 4000, b'{"hop":' * 600, b'{"hop": NaN}', b'{"hop": 1e999}', b'{"hop": ' + b"9" * 3000,
+    b"\xff\xfe", b'"', b"{}", b"null", b'{"node":0,"node":{}}', b'{"repeats":1e2,"node":0.0}',
+)  # fmt: skip
+
+Message = list[bytes]
+
+
+def corpus(rng: random.Random) -> Message:
+    """A valid message of a random kind."""
+    kind = rng.choice(list(Kind))
+    header = Header(kind, client=bytes([rng.randrange(40)]) * 16, seq=rng.randrange(50))
+    header.tries, header.direct = rng.choice((0, 1, 1, 2, 255)), rng.random() < 0.2
+    header.clock_s = (rng.random() * 100, rng.random() * 100, rng.random() * 100)
+    body: bytes | memoryview | None = None
+    if kind in (Kind.INFER, Kind.RESULT):
+        i, j = sorted((rng.randint(0, 6), rng.randint(0, 6)))
+        header.cuts, header.digest = (i, j), DIGEST
+        header.stages = [StageStamp(*(rng.random() for _ in range(4))) for _ in range(3)]
+        header.hops = [HopStamp(*(rng.random() for _ in range(3))) for _ in range(2)]
+        cut = rng.choice((0, i, j, 6))
+        body = array_body(header, np.zeros(SPEC.cut_bytes[cut] // 4, np.float32))
+    elif kind is Kind.PING and rng.random() < 0.5:
+        body = array_body(header, np.zeros(rng.choice((1, 100, 5000)), np.uint8))
+    elif kind not in (Kind.HELLO, Kind.ACK, Kind.PING, Kind.PONG):
+        value: dict[str, Any] = {
+            "hop": rng.randint(0, 2), "node": rng.randint(0, 3), "repeats": rng.choice((1, 5, 100)),
+            "payload_bytes": rng.choice((1, 1000)), "code": "refused", "reason": "a reason",
+            "rtts_s": [0.1, 0.2], "unit_s": [0.1] * 6, "load": 0.5,
+        }  # fmt: skip
+        if rng.random() < 0.3:
+            value[rng.choice(list(value))] = rng.choice(VALUES)
+        try:
+            body = encode_json(value)
+        except (WireError, UnicodeEncodeError):
+            body = json.dumps(value).encode()
+        if rng.random() < 0.1:
+            body = rng.choice(HOSTILE_JSON)
+        body = attach(header, body)
+    return [pack(header)] if body is None else [pack(header), bytes(body)]
+
+
+def flip(rng: random.Random, data: bytearray) -> None:
+    for _ in range(rng.choice((1, 1, 1, 2, 8))):
+        if data:
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+
+
+def cut(rng: random.Random, data: bytearray) -> None:
+    start = rng.randrange(len(data) + 1)
+    del data[start : start + rng.choice((1, 4, 8, len(data)))]
+
+
+def grow(rng: random.Random, data: bytearray) -> None:
+    start = rng.randrange(len(data) + 1)
+    data[start:start] = rng.randbytes(rng.choice((1, 2, 8, 56, 1000)))
+
+
+def extreme(rng: random.Random, data: bytearray) -> None:
+    size = rng.choice((1, 2, 4, 8, 9))
+    value = (
+        struct.pack("<d", rng.choice(FLOATS))
+        if size == 9
+        else rng.choice(EXTREMES[size]).to_bytes(size, "little")
+    )
+    start = rng.randrange(max(1, len(data) - len(value) + 1))
+    data[start : start + len(value)] = value
+
+
+def splice(rng: random.Random, data: bytearray) -> None:
+    other = rng.choice(corpus(rng))
+    at = rng.randrange(min(len(data), len(other)) + 1)
+    data[at:] = other[at:]
+
+
+MUTATIONS: tuple[Callable[[random.Random, bytearray], None], ...] = (
+    flip, flip, extreme, extreme, splice, cut, grow,
+)  # fmt: skip
+
+
+def mutate(rng: random.Random) -> Message:
+    """A message that a hostile peer might send; one in ten is valid."""
+    parts = [bytearray(part) for part in corpus(rng)]
+    if rng.random() < 0.9:
+        for _ in range(rng.choice((1, 1, 2, 4))):
+            # Mostly the header: a body is checked against it, or just numbers.
+            part = parts[0] if rng.random() < 0.8 else rng.choice(parts)
+            rng.choice(MUTATIONS)(rng, part)
+        if rng.random() < 0.05:
+            parts = rng.choice(([], parts * 2, parts[::-1], [*parts, bytearray()], parts[:1]))
+        reseal(rng, parts)
+    return [bytes(part) for part in parts]
+
+
+def reseal(rng: random.Random, parts: list[bytearray]) -> None:
+    """Mostly make the checksums right again: they keep out accidents, not whoever means it."""
+    if not parts or len(parts[0]) < wire._FIXED.size + wire._CRC.size:
+        return
+    if len(parts) == 2 and rng.random() < 0.8:
+        at = wire._FIXED.size - wire._CRC.size
+        parts[0][at : at + wire._CRC.size] = wire._CRC.pack(zlib.crc32(parts[1]))
+    if rng.random() < 0.9:
+        parts[0][:] = seal(bytes(parts[0][: -wire._CRC.size]))
+
+
+class Chain:
+    """Edge, fog and cloud cores without sockets, and a compute thread's stand-in for each."""
+
+    def __init__(self) -> None:
+        """Start them."""
+        self.cores: list[NodeCore] = []
+        self.queues: list[FairQueue] = []
+        for index in range(3):
+            queue = FairQueue(MAX_QUEUE)
+            hello = {"name": f"n{index}", "boot": "b"}
+            direct = 2 if index == 0 else None
+            config = CoreConfig(index, 3, SPEC, DIGEST, MAX_QUEUE, hello, direct, 1e6)
+            self.queues.append(queue)
+            self.cores.append(NodeCore(config, queue, lambda now_s: {}, ConstantPowerMeter()))
+
+    def feed(self, rng: random.Random, message: Message, now_s: float) -> None:
+        """One message to one core, from either side; then let time and work go on a little."""
+        parse_all(message)
+        k = rng.randrange(3)
+        core, queue = self.cores[k], self.queues[k]
+        parts: list[bytes | memoryview] = list(message)
+        if k < 2 and rng.random() < 0.4:
+            core.on_downstream(parts, now_s, rng.choice(core.links))
+        elif k < 2 and rng.random() < 0.01:
+            core.on_link(rng.choice(core.links), rng.random() < 0.7, now_s)
+        else:
+            core.on_upstream(b"peer%d" % rng.randrange(30), parts, now_s)
+        if len(queue) and rng.random() < 0.5:
+            self._work(core, queue, now_s)
+        if rng.random() < 0.05:
+            core.tick(now_s)
+        for link in core.links:
+            if rng.random() < 0.5:
+                while link.outbox:
+                    assert link.outbox[0] and link.outbox.popleft()
+            # Requests, the probe under way, and a ping.
+            assert link.backlog_frames <= MAX_QUEUE + 2, "the hop's backlog is over its bound"
+            assert len(link.outbox) <= 1200, "the hop's outbox is over its bound"
+        assert len(queue) <= MAX_QUEUE, "the queue is over its bound"
+        core.up.clear()
+
+    def _work(self, core: NodeCore, queue: FairQueue, now_s: float) -> None:
+        job = queue.get()
+        assert job is not None
+        if job.profile_repeats:
+            core.on_outcome(Outcome(job, now_s, now_s, unit_s=(0.1,) * 6), now_s)
+            return
+        try:
+            array_of(job.header, job.body)
+        except WireError as error:
+            core.on_outcome(Outcome(job, now_s, now_s, error=str(error)), now_s)
+            return
+        output = np.zeros(SPEC.cut_bytes[job.stop] // 4, np.float32)
+        core.on_outcome(Outcome(job, now_s, now_s + 0.01, 0.01, output), now_s)
+
+
+def parse_all(message: Message) -> None:
+    """The parser alone: a frame, or a `WireError`."""
+    try:
+        frame = parse(message)
+        if frame.header.dtype is not None:
+            assert array_of(frame.header, frame.body).nbytes == frame.header.body_bytes
+        elif frame.body is not None:
+            decode_json(frame.body)
+        assert parse([pack(frame.header), *message[1:]]).header == frame.header
+    except WireError as error:
+        assert str(error)
+
+
+def run(frames: int, seed: int, on_progress: Callable[[int], None] = lambda done: None) -> float:
+    """Feed so many frames; returns the slowest one's seconds of CPU.
+
+    Every 4096 the chain is made anew, with a seed of its own.
+    """
+    chain, now_s, rng, slowest_s = Chain(), 0.0, random.Random(), 0.0
+    for number in range(frames):
+        if number % 4096 == 0:
+            chain, now_s = Chain(), 0.0
+            rng = random.Random(f"{seed}/{number}")
+            on_progress(number)
+        now_s += rng.choice((0.0, 1e-4, 1e-3, 0.05)) if rng.random() < 0.999 else 100.0
+        message = mutate(rng)
+        begun_s = time.thread_time()
+        try:
+            chain.feed(rng, message, now_s)
+        except Exception:
+            print(f"frame {number} of seed {seed}: {[part.hex() for part in message]}")
+            raise
+        slowest_s = max(slowest_s, time.thread_time() - begun_s)
+    return slowest_s
+
+
+def rss_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def main() -> None:
+    """Run and report; leaves with 1 on the first failure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--frames", type=int, default=1_000_000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    logging.getLogger("executor").setLevel(logging.CRITICAL)  # each refusal is a line otherwise
+    began_s, first, peak = time.monotonic(), 0, 0
+
+    def hung(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"no end after {HANG_S} s")
+
+    def progress(done: int) -> None:
+        nonlocal first, peak
+        signal.alarm(HANG_S)
+        gc.collect()
+        if done == 4096:
+            first = rss_bytes()  # imports and caches are there by now
+        peak = max(peak, rss_bytes())
+        if done % 102_400 == 0:
+            rate = done / max(1e-9, time.monotonic() - began_s)
+            print(f"{done:>9} frames, {rate:,.0f}/s, {peak / 2**20:.0f} MiB", flush=True)
+
+    signal.signal(signal.SIGALRM, hung)
+    slowest_s = run(args.frames, args.seed, progress)
+    signal.alarm(0)
+    peak = max(peak, rss_bytes())
+    growth = peak - (first or peak)
+    print(
+        f"{args.frames} frames in {time.monotonic() - began_s:.0f} s: no crash, slowest "
+        f"{slowest_s * 1e3:.1f} ms; memory +{growth / 2**20:.1f} MiB (bound "
+        f"{MAX_GROWTH_BYTES // 2**20})"
+    )
+    if growth > MAX_GROWTH_BYTES:
+        sys.exit("memory grew over its bound")
+    if slowest_s > MAX_FRAME_S:
+        sys.exit(f"a frame took {slowest_s:.1f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Kill -9 of a training at random moments: each is resumed to the end.
+
+python benchmarks/kill_train.py --kills 20            # train.py with its nodes: a valid checkpoint?
+python benchmarks/kill_train.py --kills 20 --simulator  # the simulator phase alone: the same bits?
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from agents.resume import ResumePoint
+from agents.runtime import Checkpoint
+from agents.training import TrainingSettings, train_policy
+from env.predict import CostModel
+from env.scenario import Scenario
+from env.synthetic import synthetic_profile
+from executor.model import model_spec
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = {"policy.zip", "policy.npz", "profile.json", "metadata.json"}
+SAVE_EVERY_S = 0.2
+
+
+def train_simulator(path: Path, steps: int) -> None:
+    """Train on a built-in profile, resuming if there is something; leave weights in path.npz."""
+    scenario = Scenario.load()
+    model = CostModel(synthetic_profile(model_spec("alexnet"), scenario), scenario)
+    settings = TrainingSettings(steps=steps, validate_every=steps // 4, validation_envs=48)
+    point = ResumePoint(path, "alexnet", scenario, {"training": asdict(settings)}, SAVE_EVERY_S)
+    print("resuming " if point.load() else "beginning", flush=True)
+    result = train_policy(point.cost_model() or model, settings, resume=point)
+    weights = {k: v.numpy() for k, v in result.ppo.policy.state_dict().items()}
+    np.savez(path.with_suffix(".npz"), allow_pickle=False, **weights)
+
+
+def command(directory: Path, args: argparse.Namespace, *more: str) -> list[str]:
+    if args.simulator:
+        path = str(directory / "training.resume")
+        return [sys.executable, __file__, "--child", path, "--steps", str(args.steps)]
+    line = [sys.executable, "train.py", "--model", "alexnet", "--steps", str(args.steps)]
+    line += ["--online-steps", "2", "--live-intervals", "1", "--checkpoint", str(directory)]
+    return [*line, "--runs", str(directory.parent / "runs"), *more]
+
+
+def start(line: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        line, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def finish(line: list[str]) -> str:
+    """Run to the end; returns the output, or leaves if it failed."""
+    process = start(line)
+    out, _ = process.communicate(timeout=900)
+    if process.returncode:
+        sys.exit(f"training ended with {process.returncode}:\n{out[-2000:]}")
+    return out
+
+
+def check(directory: Path, whole: Path, simulator: bool) -> None:
+    """Leave with 1 unless what the resumed training left is what it should be."""
+    if simulator:
+        name = "training.npz"
+        with np.load(directory / name) as ours, np.load(whole / name) as theirs:
+            if set(ours) != set(theirs) or any((ours[k] != theirs[k]).any() for k in ours):
+                sys.exit("other weights than without the kill")
+        return
+    Checkpoint.load(directory, "alexnet")
+    left = {path.name for path in directory.iterdir()}
+    if left != FILES:
+        sys.exit(f"expected {sorted(FILES)}, got {sorted(left)}")
+
+
+def main() -> None:
+    """Kill, resume, check; leaves with 1 at the first that fails."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--simulator", action="store_true", help="the simulator phase alone")
+    parser.add_argument("--steps", type=int, default=163_840, help="of each training")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child is not None:
+        train_simulator(args.child, args.steps)
+        return
+    rng = random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) / "whole"
+        whole.mkdir()
+        begun_s = time.monotonic()
+        finish(command(whole, args))
+        whole_s = time.monotonic() - begun_s
+        print(f"uninterrupted: {whole_s:.1f} s", flush=True)
+        resumed = 0
+        for kill in range(args.kills):
+            directory = Path(folder) / f"kill-{kill}" / "alexnet"
+            directory.mkdir(parents=True)
+            process = start(command(directory, args))
+            after_s = rng.uniform(0.0, whole_s)
+            try:
+                process.wait(after_s)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            process.communicate()
+            found = "resuming " in finish(command(directory, args, "--resume"))
+            check(directory, whole, args.simulator)
+            resumed += found
+            what = "resumed" if found else "began anew"
+            print(f"kill {kill + 1} after {after_s:5.1f} s: {what}, as it should be", flush=True)
+    print(f"{args.kills} kills, all as they should be; {resumed} resumed in the middle")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Who gets room when there is not enough for everybody: fair shares between clients.
+
+A queue that refuses whoever comes when it is full is unfair: one client that sends fast keeps it
+full, and the others' requests meet a full queue. Here the client with most requests waiting loses
+its newest one instead, if it has at least two more than the newcomer. Where there are more clients
+than places, and it has only one more, those decide that were served lately.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+__all__ = ["FairBuffer", "Shares"]
+
+T = TypeVar("T")
+
+_FORGET_EVERY = 1024
+
+
+class Shares:
+    """What clients have had lately: requests served, older ones counting less. Bounded."""
+
+    def __init__(self) -> None:
+        """Start with nobody served."""
+        self._served: dict[bytes, int] = {}
+        self._since = 0
+
+    def of(self, client: bytes) -> int:
+        """Requests served lately."""
+        return self._served.get(client, 0)
+
+    def serve(self, client: bytes) -> None:
+        """Count one; after so many, all counts are halved."""
+        self._served[client] = self._served.get(client, 0) + 1
+        self._since += 1
+        if self._since >= _FORGET_EVERY:
+            self._since = 0
+            self._served = {c: n // 2 for c, n in self._served.items() if n > 1}
+
+
+class FairBuffer(Generic[T]):
+    """Items of several clients: round-robin over clients, first come first served within one."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._clients: collections.OrderedDict[bytes, collections.deque[T]] = (
+            collections.OrderedDict()
+        )
+        self._shares = Shares()
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def put(self, client: bytes, item: T) -> None:
+        """Add an item."""
+        self._clients.setdefault(client, collections.deque()).append(item)
+        self._length += 1
+
+    def peek(self) -> T:
+        """The item `take` would give; there must be one."""
+        return next(iter(self._clients.values()))[0]
+
+    def take(self) -> T:
+        """The next item; there must be one. Its client goes behind the others."""
+        client, items = next(iter(self._clients.items()))
+        item = items.popleft()
+        self._length -= 1
+        self._shares.serve(client)
+        if items:
+            self._clients.move_to_end(client)
+        else:
+            del self._clients[client]
+        return item
+
+    def displace(self, client: bytes) -> T | None:
+        """Make room for an item of `client`; returns the item that lost its place.
+
+        None where nobody has enough more than `client`, which is then the one to be refused.
+        """
+        if not self._clients:
+            return None
+        served = self._shares.of
+        greediest = max(self._clients, key=lambda c: (len(self._clients[c]), served(c)))
+        more = len(self._clients[greediest]) - len(self._clients.get(client, ()))
+        if more < 1 or (more == 1 and served(greediest) < served(client) + 2):
+            return None
+        items = self._clients[greediest]
+        item = items.pop()
+        self._length -= 1
+        if not items:
+            del self._clients[greediest]
+        return item
+
+    def discard(self, client: bytes, unwanted: Callable[[T], bool]) -> None:
+        """Take a client's unwanted items out."""
+        items = self._clients.get(client)
+        if items is None:
+            return
+        kept = collections.deque(item for item in items if not unwanted(item))
+        self._length -= len(items) - len(kept)
+        if kept:
+            self._clients[client] = kept
+        else:
+            del self._clients[client]
+
+    def items(self) -> list[T]:
+        """What waits, in no particular order."""
+        return [item for items in self._clients.values() for item in items]
+
+    def clear(self) -> None:
+        """Forget what waits."""
+        self._clients.clear()
+        self._length = 0

@@ -1,0 +1,369 @@
+"""The client's background thread: moves frames and carries out what the recovery says.
+
+Other threads hand it events through a queue; what it learns they read from snapshots.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import zmq
+from numpy.typing import NDArray
+
+from executor._hop import Hop, Parts, localise
+from executor._outbox import Outbox
+from executor._pending import Pending, PendingTable
+from executor._records import NodeStatus, Reply, RequestRecord, hello_problem, node_index
+from executor._sockets import connect_dealer, link_changes, watch_link
+from executor.cluster import Cluster
+from executor.errors import RequestError, RequestRefused, RequestTimeout, WireError
+from executor.plan import Plan
+from executor.recovery import Complete, Counts, Fail, Instruction, Recovery, Send
+from executor.wire import (
+    Header,
+    Kind,
+    array_of,
+    check_body,
+    decode_json,
+    pack,
+    parse_header,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Session"]
+
+_log = logging.getLogger(__name__)
+
+_TICK_MS = 50
+_FAILURES: dict[str, type[RequestError]] = {"timeout": RequestTimeout, "refused": RequestRefused}
+
+_Json = dict[str, Any]
+
+
+class Session:
+    """One connection of a client.
+
+    Attributes:
+        nodes: Per node its accepted handshake; empty until the chain was accepted.
+    """
+
+    def __init__(self, cluster: Cluster, client_id: bytes, requests: PendingTable) -> None:
+        """Dial the first node and start the thread.
+
+        Raises:
+            ConfigError: The first node's address cannot be dialled, or a key is missing.
+        """
+        self.nodes: list[_Json] = []
+        self._cluster = cluster
+        self._id = client_id
+        self._requests = requests
+        self._expected: _Json = {}
+        self._recovery: Recovery | None = None
+        self._hop = Hop(client_id)
+        self._events: deque[Callable[[float], None]] = deque()
+        self._control: deque[Parts] = deque()
+        self._inputs: deque[Parts] = deque()
+        self._lock = threading.Lock()
+        self._status: dict[int, NodeStatus] = {}
+        self._closed = False
+        self._ctx: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        try:
+            self._dealer = connect_dealer(self._ctx, cluster, cluster.nodes[0], cluster.client)
+        except BaseException:
+            self._ctx.term()
+            raise
+        self._monitor = watch_link(self._dealer)
+        self._wake_read, self._wake_write = socket.socketpair()
+        self._wake_read.setblocking(False)
+        self._wake_write.setblocking(False)
+        self._thread = threading.Thread(target=self._serve, name="splitpilot-client", daemon=True)
+        self._thread.start()
+
+    def post(self, parts: Parts) -> None:
+        """Send a control frame."""
+        self._control.append(parts)
+        self._wake()
+
+    def accept(self, replies: Sequence[_Json], expected: _Json) -> None:
+        """Take the chain's handshakes as checked; `expected` is what they must say ever after."""
+        self.nodes = [dict(reply) for reply in replies]
+
+        def event(now_s: float) -> None:
+            self._expected = expected
+            if self._recovery is None:
+                names = [node.name for node in self._cluster.nodes]
+                direct = self._cluster.direct_links
+                self._recovery = Recovery(names, int(expected["n_units"]), direct)
+            for index, reply in enumerate(replies):
+                self._carry_out(self._recovery.hello(index, reply["boot"], "", now_s))
+
+        self._post_event(event)
+
+    def submit(self, seq: int, plan: Plan, deadline_s: float) -> None:
+        """Run a registered inference."""
+
+        def event(now_s: float) -> None:
+            assert self._recovery is not None
+            self._carry_out(self._recovery.submitted(seq, plan, deadline_s, now_s))
+
+        self._post_event(event)
+
+    def prefer(self, plans: Sequence[Plan]) -> None:
+        """Set the plans to fall back on."""
+
+        def event(now_s: float) -> None:
+            if self._recovery is not None:
+                self._recovery.preferred = tuple(plans)
+
+        self._post_event(event)
+
+    def status(self) -> dict[int, NodeStatus]:
+        """Every node's newest heartbeat."""
+        with self._lock:
+            known = dict(self._status)
+        down = self._recovery.down if self._recovery is not None else range(self._cluster.n_nodes)
+        statuses = (known.get(i, NodeStatus(node=i)) for i in range(self._cluster.n_nodes))
+        return {s.node: replace(s, down=s.down or s.node in down) for s in statuses}
+
+    def counts(self) -> Counts:
+        """What became of the inferences so far."""
+        return replace(self._recovery.counts) if self._recovery is not None else Counts()
+
+    def close(self) -> None:
+        """End the thread; open requests raise RequestError."""
+        self._closed = True
+        self._wake()
+        self._thread.join()
+        self._wake_write.close()
+
+    def _post_event(self, event: Callable[[float], None]) -> None:
+        self._events.append(event)
+        self._wake()
+
+    def _wake(self) -> None:
+        # A full pipe is fine: the loop is then awake already.
+        with contextlib.suppress(OSError):
+            self._wake_write.send(b"\0")
+
+    def _serve(self) -> None:
+        """Move frames until the session is closed (background thread)."""
+        poller = zmq.Poller()
+        for source in (self._wake_read, self._monitor):
+            poller.register(source, zmq.POLLIN)
+        try:
+            while not self._closed:
+                waiting = self._hop.outbox or self._control or self._inputs
+                poller.register(self._dealer, zmq.POLLIN | (zmq.POLLOUT if waiting else 0))
+                poller.poll(_TICK_MS)
+                with contextlib.suppress(BlockingIOError):
+                    while self._wake_read.recv(4096):
+                        pass
+                self._turn()
+        finally:
+            self._dealer.disable_monitor()
+            self._monitor.close(0)
+            self._dealer.close(0)
+            self._wake_read.close()
+            self._ctx.term()
+            for pending in self._requests.close():
+                pending.future.set_exception(RequestError("the client was closed"))
+
+    def _turn(self) -> None:
+        # What came is taken in before time is: after a pause of this process, too.
+        self._receive_all()
+        for up in link_changes(self._monitor):
+            if up:
+                self._hop.on_connected(time.monotonic())
+            else:
+                self._hop.on_disconnected()
+                self._inputs.clear()
+            if self._recovery is not None:
+                self._carry_out(self._recovery.link(up, time.monotonic()))
+        while self._events:
+            self._events.popleft()(time.monotonic())
+        now_s = time.monotonic()
+        self._hop.tick(now_s)
+        if self._recovery is not None:
+            self._carry_out(self._recovery.tick(now_s))
+        for seq, pending in self._requests.late(now_s):
+            pending.future.set_exception(
+                RequestTimeout(f"request {seq}: no answer before its deadline")
+            )
+        for queue in (self._hop.outbox, self._control, self._inputs):
+            self._send_all(queue)
+
+    def _send_all(self, queue: deque[Parts] | Outbox) -> None:
+        with contextlib.suppress(zmq.Again):
+            while queue:
+                self._dealer.send_multipart(queue[0], zmq.NOBLOCK, copy=False)
+                queue.popleft()
+
+    def _receive_all(self) -> None:
+        while True:
+            try:
+                frames = self._dealer.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            now_s = time.monotonic()
+            try:
+                if len(frames) not in (1, 2):
+                    raise WireError(f"a message has 1 or 2 parts, got {len(frames)}")
+                header = parse_header(frames[0].buffer)
+                body = frames[1].buffer if len(frames) == 2 else None
+                check_body(header, body)
+            except WireError as error:
+                self._log_bad(error)
+                if self._recovery is not None:
+                    self._carry_out(self._recovery.damaged(now_s))
+                continue
+            try:
+                self._take(header, body, now_s)
+            except WireError as error:
+                self._log_bad(error)
+
+    def _log_bad(self, error: WireError) -> None:
+        _log.warning("bad frame from node %s: %s", self._cluster.nodes[0].name, error)
+
+    def _take(self, header: Header, body: memoryview | None, now_s: float) -> None:
+        """Take one frame from the first node."""
+        if header.kind is Kind.STATUS:
+            self._take_status(decode_json(body), now_s)
+        elif header.kind is Kind.PONG:
+            self._hop.on_pong(header, now_s)
+        elif header.client == self._id and header.kind is Kind.HELLO_REPLY:
+            self._take_hello(header, decode_json(body), now_s)
+        elif header.client == self._id:
+            pending = self._requests.get(header.seq)
+            if pending is None or pending.plan is not None:
+                self._take_answer(pending, header, body, now_s)
+            elif self._requests.settle(header.seq) is not None:
+                raw = decode_json(body)
+                if header.kind is Kind.ERROR:
+                    failure = _FAILURES.get(str(raw.get("code")), RequestError)
+                    pending.future.set_exception(failure(str(raw.get("reason"))))
+                else:
+                    pending.future.set_result(raw)
+
+    def _take_status(self, raw: _Json, now_s: float) -> None:
+        status = NodeStatus.from_json(raw, received_s=now_s, down=False)
+        node = status.node
+        if not 0 <= node < self._cluster.n_nodes:
+            raise WireError(f"status of node {node}, which the chain does not have")
+        with self._lock:
+            self._status[node] = status
+        if self._recovery is not None:
+            ends = (
+                (node + 1, status.hop_up),
+                (self._cluster.direct_links.get(node), status.direct_up),
+            )
+            links = {far: up for far, up in ends if far is not None and up is not None}
+            self._carry_out(
+                self._recovery.status(node, status.boot, links, status.stalled_s, now_s)
+            )
+
+    def _take_hello(self, header: Header, reply: _Json, now_s: float) -> None:
+        """A node's handshake: one of `connect`, or of a node that came back."""
+        index = node_index(reply, self._cluster.n_nodes)
+        pending = self._requests.get(header.seq)
+        if pending is not None:
+            with self._lock:
+                pending.replies[index] = reply
+                complete = len(pending.replies) == self._cluster.n_nodes
+            if complete and self._requests.settle(header.seq) is not None:
+                pending.future.set_result(None)
+        elif self._recovery is not None:
+            expected = {"name": self._cluster.nodes[index].name, **self._expected}
+            problem = hello_problem(reply, expected)
+            before = self._recovery.counts.refused_nodes
+            instructions = self._recovery.hello(index, reply["boot"], problem, now_s)
+            if self._recovery.counts.refused_nodes > before:
+                _log.warning("node %s came back and is refused: %s", expected["name"], problem)
+            if not problem:
+                self.nodes[index] = reply
+            self._carry_out(instructions)
+
+    def _take_answer(
+        self, pending: Pending | None, header: Header, body: memoryview | None, now_s: float
+    ) -> None:
+        """An inference's output or error; `pending` is None where it ended before."""
+        if self._recovery is None:
+            return
+        seq, tries = header.seq, header.tries
+        if header.kind is Kind.ERROR:
+            raw = decode_json(body)
+            node = _place(raw.get("node"), self._cluster.n_nodes)
+            to = _place(raw.get("to"), self._cluster.n_nodes)
+            code, reason = str(raw.get("code")), str(raw.get("reason"))
+            self._carry_out(self._recovery.error(seq, tries, code, reason, node, to, now_s))
+            return
+        output = None
+        if pending is not None:
+            try:
+                output = self._output(header, body)
+            except WireError as error:
+                text = f"bad reply: {error}"
+                self._carry_out(self._recovery.error(seq, tries, "failed", text, 0, 0, now_s))
+                return
+        for instruction in self._recovery.result(seq):
+            done = self._requests.settle(seq)
+            if done is None or output is None or not isinstance(instruction, Complete):
+                continue
+            record = RequestRecord.from_header(
+                header, done.scheduled_s, done.submitted_s, now_s, instruction.tries
+            )
+            value: torch.Tensor | NDArray[np.generic] = output
+            if done.tensor:
+                import torch
+
+                value = torch.from_numpy(output)
+            done.future.set_result(Reply(value, record))
+
+    def _output(self, header: Header, body: memoryview | None) -> NDArray[np.generic]:
+        """The output of a RESULT, whose stamps are put into this process's clock."""
+        if header.kind is not Kind.RESULT or len(header.hops) != self._cluster.n_nodes - 1:
+            raise WireError(f"expected a RESULT, got {header.kind.name} with cuts {header.cuts}")
+        if header.digest.hex() != self._expected["digest"]:
+            raise WireError(f"a result of weights {header.digest.hex()}")
+        localise(header, -1, self._hop.clock.offset_s, self._hop.one_way_s)
+        # Copied out of ZeroMQ's memory: an output is small, and its reader may keep it for long.
+        output: NDArray[np.generic] = array_of(header, body).copy()
+        return output
+
+    def _carry_out(self, instructions: Sequence[Instruction]) -> None:
+        for instruction in instructions:
+            if isinstance(instruction, Send):
+                pending = self._requests.get(instruction.seq)
+                if pending is not None and pending.header is not None:
+                    header = replace(
+                        pending.header,
+                        seq=instruction.seq,
+                        cuts=instruction.plan.cuts,
+                        tries=instruction.tries,
+                        direct=instruction.direct,
+                    )
+                    self._inputs.append([pack(header), pending.body or b""])
+            elif isinstance(instruction, Fail):
+                ended = self._requests.settle(instruction.seq)
+                if ended is not None:
+                    failure = _FAILURES.get(instruction.code, RequestError)
+                    ended.future.set_exception(failure(instruction.reason))
+            else:
+                self._control.append([pack(Header(Kind.HELLO, client=self._id))])
+
+
+def _place(value: Any, n_nodes: int) -> int:
+    """A node's index from an error's body."""
+    if not isinstance(value, int) or not 0 <= value < n_nodes:
+        raise WireError(f"an error of node {value!r}")
+    return value
