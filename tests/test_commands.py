@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from stable_baselines3 import PPO
 import train
 from agents import deploy, evaluate
 from agents.cli import run_command
+from agents.resume import FILE_NAME
 from agents.runtime import Checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -47,15 +49,24 @@ def run(*args: str, timeout_s: float = 240.0) -> subprocess.CompletedProcess[str
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint made by the main job, shortened."""
+    """A checkpoint made by the main job, shortened: killed once, and resumed."""
     directory = tmp_path_factory.mktemp("trained")
     before = children_of_tests()
-    done = run(
+    args = [
         "train.py", "--model", "alexnet", "--steps", "8192", "--online-steps", "3",
         "--live-intervals", "2", "--checkpoint", str(directory / "alexnet"),
         "--runs", str(directory / "runs"),
-    )  # fmt: skip
+    ]  # fmt: skip
+    saved = directory / "alexnet" / FILE_NAME
+    with subprocess.Popen([sys.executable, *args], cwd=ROOT, stdout=subprocess.DEVNULL) as first:
+        deadline_s = time.monotonic() + 240
+        while not saved.exists() and first.poll() is None and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        first.kill()
+    assert saved.exists()
+    done = run(*args, "--resume")
     assert done.returncode == 0, done.stderr[-2000:]
+    assert f"resuming {saved}" in done.stdout.replace("\n", "")
     assert "SHORT" in done.stdout and "candidate plans" in done.stdout
     assert children_of_tests() <= before
     return directory

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -14,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from agents.cli import run_command
-from agents.resume import FILE_NAME
 from agents.runtime import Checkpoint, metadata_text
 from executor.errors import ConfigError
 from executor.files import write_atomic, write_together
@@ -171,32 +169,3 @@ def test_the_shipped_checkpoints_record_their_digests() -> None:
         metadata = json.loads((directory / "metadata.json").read_text())
         assert {"policy.npz", "profile.json", "policy.zip"} <= metadata["sha256"].keys()
         Checkpoint.load(directory, directory.name)
-
-
-def test_a_killed_train_py_resumes_to_a_valid_checkpoint(tmp_path: Path) -> None:
-    """kill -9 once, in the simulator phase; `benchmarks/kill_train.py` does it at any moment."""
-    directory = tmp_path / "alexnet"
-    args = [
-        sys.executable, "train.py", "--model", "alexnet", "--steps", "16384", "--online-steps",
-        "0", "--live-intervals", "1", "--checkpoint", str(directory), "--runs",
-        str(tmp_path / "runs"),
-    ]  # fmt: skip
-    settings = {"cwd": ROOT, "text": True, "env": {**os.environ, "COLUMNS": "120"}}
-    with subprocess.Popen(
-        args, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **settings
-    ) as process:
-        deadline_s = time.monotonic() + 120
-        wanted = directory / FILE_NAME
-        while not wanted.exists() and process.poll() is None and time.monotonic() < deadline_s:
-            time.sleep(0.01)
-        assert wanted.exists(), process.stderr.read() if process.poll() is not None else "too slow"
-        process.send_signal(signal.SIGKILL)
-    done = subprocess.run(
-        [*args, "--resume"], capture_output=True, timeout=240, check=False, **settings
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert f"resuming {directory / FILE_NAME}" in done.stdout.replace("\n", "")
-    Checkpoint.load(directory, "alexnet")
-    assert {p.name for p in directory.iterdir()} == {
-        "policy.zip", "policy.npz", "profile.json", "metadata.json"
-    }  # fmt: skip
