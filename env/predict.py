@@ -136,7 +136,7 @@ class CostModel:
 
     def _capacity(self) -> float:
         """Capacity of the best static plan at the scenario's mean conditions, requests/s."""
-        speed = np.array([1.0 - process_mean(n.load) for n in self.scenario.nodes])
+        speed = np.array([1.0 - process_mean(n.load, "load") for n in self.scenario.nodes])
         rate = np.array([process_mean(h.bandwidth) for h in self.scenario.hops])
         seconds = np.empty((len(self.plans), len(self._demand)))
         seconds[:, 0::2] = self.table.work_s / speed

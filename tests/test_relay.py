@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from executor.child import Child
 from executor.errors import ConfigError, HandshakeError
 from executor.relay import RelayServer, _serve, main
-from executor.shaping import BYTES_PER_MBIT, RateTrace, SerialLink
+from executor.shaping import BYTES_PER_MBIT, DelayTrace, RateTrace, SerialLink
 from executor.testbed import Relay, TestbedHop
 
 DEADLINE_S = 20.0
@@ -65,7 +65,7 @@ def test_a_shorter_delay_does_not_reorder():
     link = SerialLink(RateTrace.constant(8.0), 1.0)
     link.offer(0.0, 1000, "a")
     assert link.take_due(0.002) == []
-    link.delay_s = 0.0
+    link.delay = DelayTrace.constant(0.0)
     link.offer(0.002, 1000, "b")
     assert drain(link) == [(pytest.approx(1.001), "a"), (pytest.approx(1.001), "b")]
 
