@@ -25,6 +25,7 @@ __all__ = [
     "SharedConditions",
     "mean_delay_s",
     "process_mean",
+    "typical_mbps",
 ]
 
 F32 = NDArray[np.float32]
@@ -332,6 +333,25 @@ def process_mean(process: Process, quantity: str = "mbps") -> float:
     out = process.outage_per_s * process.outage_s
     share = out / (1.0 + out)
     return (1.0 - share) * mean + share * process.outage_value
+
+
+def typical_mbps(process: Process) -> float:
+    """The bandwidth that a capacity is reckoned with.
+
+    The mean of a constant or hand-written process. Measured bandwidth, and so its generators, are
+    heavy-tailed: a mean made by seldom and splendid moments is above what there is most of the
+    time, and a fraction of the capacity there would overload every plan. There it is the median.
+
+    Raises:
+        ConfigError: A trace cannot be read.
+    """
+    if process.kind == "trace":
+        values = np.concatenate([played(t) for t in load_traces(process.path, "mbps")])
+        return process.scale * float(np.median(values))
+    if process.name:
+        shrink = np.exp(-0.5 * process.sigma**2) if process.log else 1.0
+        return float(np.median(process.levels) * shrink)
+    return process_mean(process)
 
 
 def mean_delay_s(hop: HopSetup) -> float:

@@ -44,7 +44,7 @@ class Trace:
     """One measured series: means over consecutive steps.
 
     Attributes:
-        name: The file's name without its suffix.
+        name: The file's name, without .csv.
         quantity: One of `QUANTITIES`.
         dt_s: Seconds per sample.
         values: Shape [n], >= 0, in the quantity's unit; read-only.
@@ -128,7 +128,8 @@ def _load(path: Path, quantity: str, version: tuple[int, int]) -> Trace:
     else:
         (dt_s, values), native = _csv(path, lines, quantity), False
     values.flags.writeable = False
-    return Trace(path.stem, quantity, dt_s, values, native)
+    name = path.name if native else path.stem
+    return Trace(name, quantity, dt_s, values, native)
 
 
 def _mahimahi(path: Path, lines: list[str]) -> F64:
@@ -152,7 +153,7 @@ def _mahimahi(path: Path, lines: list[str]) -> F64:
     if last == 0:
         raise ConfigError(f"trace {path} lasts 0 ms: its last line must be above 0")
     packets = np.bincount(np.maximum(np.array(at_ms) - 1, 0), minlength=last)
-    mbps: F64 = packets * MBPS_PER_PACKET_PER_MS
+    mbps: F64 = packets.astype(np.float64) * MBPS_PER_PACKET_PER_MS
     return mbps
 
 
