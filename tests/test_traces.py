@@ -191,7 +191,7 @@ def test_jitter_is_that_of_the_seed_and_can_be_left_out():
     def play(seed, jitter=True):
         player = TracePlayer((trace,), 1.0, 1.0, jitter)
         player.reset(np.random.default_rng(seed), 1, np.zeros(1))
-        return player.means(0.0, CELL_S, 2000)[0]
+        return player.means(0.0, CELL_S, 4000)[0]
 
     np.testing.assert_array_equal(play(1), play(1))
     assert not np.allclose(play(1), play(2))
