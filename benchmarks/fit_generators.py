@@ -166,14 +166,12 @@ def generated(parameters: dict[str, Any], quantity: str, dt_s: float, count: int
 
 
 def describe(series: Sequence[F64]) -> str:
-    """Mean, deviation, autocorrelation at lags 1 and 5, share out (below 1 % of the mean), quantiles."""
+    """Mean, deviation, autocorrelation at lags 1 and 5, share below 1 % of the mean, quantiles."""
     x = np.concatenate(series)
     first, fifth = correlations(series, [1, 5])
     quantiles = " ".join(f"{q:8.3g}" for q in np.quantile(x, [0.05, 0.25, 0.5, 0.75, 0.95]))
-    return (
-        f"{x.mean():8.3g} {x.std():8.3g} {first:6.2f} {fifth:6.2f} {np.mean(x < NOTHING * x.mean()):6.3f} "
-        f"{quantiles}"
-    )
+    out = np.mean(x < NOTHING * x.mean())
+    return f"{x.mean():8.3g} {x.std():8.3g} {first:6.2f} {fifth:6.2f} {out:6.3f} {quantiles}"
 
 
 def white_sigma(traces: Sequence[Trace]) -> float:
@@ -213,7 +211,7 @@ def toml(jitter: dict[str, float], generators: dict[str, dict[str, Any]]) -> str
     lines = [
         "# Written by benchmarks/fit_generators.py from measured traces; see docs/traces.md for",
         "# their sources and how well each generator resembles them. Fields: env.scenario.Process.",
-        "# Bandwidth in Mbit/s, rtt-* one-way delay in s, arrivals-* in multiples of the mean rate;",
+        "# Bandwidth in Mbit/s, rtt-* one-way delay in s, arrivals-* in multiples of the mean;",
         "# load-* and arrivals-nab are 5-minute data sped up 60 times.",
         "",
         "[jitter]",

@@ -47,7 +47,7 @@ class Delays:
         return delay
 
     def arrive(self, hop: int, left: Departures) -> F64:
-        """When each departure arrives behind the hop; by environment and then time, as they left."""
+        """When each departure arrives behind the hop, in the same order."""
         env = left.env
         due = left.depart_s + self.at(hop, env, left.depart_s)
         if len(env) == 0:

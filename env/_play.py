@@ -36,6 +36,8 @@ MAX_CELLS = 20
 # Time constants that two lags can tell apart, in samples.
 MIN_RATE, MAX_RATE = 0.02, 4.0
 MIN_PAIRS = 10
+OUTAGE_SHARE = 0.01  # of the mean: what is below is an outage, not a value
+MAX_SIGMA = 2.0  # more than any measured family's; beyond it a second is one spike
 NEGLIGIBLE = 1e-3
 
 
@@ -53,11 +55,12 @@ class Jitter:
 
 
 def _variogram(series: Sequence[F64], lag: int) -> float:
-    """Half the mean squared difference of logarithms `lag` samples apart; zeros are skipped."""
+    """Half the mean squared difference of logarithms `lag` samples apart; outages are skipped."""
+    floor = OUTAGE_SHARE * float(np.mean(np.concatenate(series)))
     squares, count = 0.0, 0
     for values in series:
         a, b = values[:-lag], values[lag:]
-        both = (a > 0) & (b > 0)
+        both = (a > floor) & (b > floor)
         difference = np.log(b[both]) - np.log(a[both])
         squares += float(difference @ difference)
         count += len(difference)
@@ -87,7 +90,7 @@ def fit_jitter(series: Sequence[F64]) -> Jitter:
             low = rate
         else:
             high = rate
-    return Jitter(float(np.sqrt(first / _averaged(low, 1))), low)
+    return Jitter(min(float(np.sqrt(first / _averaged(low, 1))), MAX_SIGMA), low)
 
 
 def played(trace: Trace) -> F64:
