@@ -21,7 +21,7 @@ from env._accounting import Arrivals, Measured, account, join, measure, refused_
 from env._chain import Chain, Delays
 from env._pings import Pings
 from env._snapshot import Queued, Snapshot, take_state
-from env._stations import NO_SLOTS, NO_TIMES, Departures, Rates, RequestStore
+from env._stations import NO_SLOTS, NO_TIMES, Departures, Rates, RequestStore, route
 from env.conditions import ConditionsSource, IntervalConditions, SharedConditions
 from env.cost import IntervalRecord
 from env.predict import CostModel
@@ -181,7 +181,7 @@ class Simulator:
             self._send_probes(np.asarray(probe_bytes, dtype=np.float64), flows)
         new, refused = self._admit(conditions, cuts, record)
         edge = self._store.work[0].take(new.slot) >= 0.0
-        self._route(new.slot, new.offset_s, edge, flows[0], flows[1])
+        route(new.slot, new.offset_s, edge, flows[0], flows[1])
         rates = self._chain.rates(conditions, self._conditions.substep_s)
         delays = self._delays(conditions, self._dt_s)
         completed = self._advance(rates, delays, self._dt_s, flows, record, new)
@@ -413,35 +413,18 @@ class Simulator:
                 runs = store.work[s + 1].take(slot) >= 0.0
                 # The last node always has work, so what is relayed has a hop ahead.
                 relay = flows[s + 2] if s + 2 < len(flows) else flows[s + 1]
-                self._route(slot, arrive, runs, flows[s + 1], relay)
+                route(slot, arrive, runs, flows[s + 1], relay)
                 continue
             record.node_active_s[:, k], record.node_busy_s[:, k] = left.spent, left.busy_s
             ends: list[tuple[I64, F64]] = [(left.slot, left.depart_s)]
             if s + 1 < len(flows):
                 ends.clear()
                 crosses = store.work[s + 1].take(left.slot) >= 0.0
-                self._route(left.slot, left.depart_s, crosses, flows[s + 1], ends)
+                route(left.slot, left.depart_s, crosses, flows[s + 1], ends)
             for slot, depart in ends:
                 back = chain.return_s(rates, delays, k, store.env.take(slot), depart)
                 done.append((slot, depart + back))
         return self._finish(done, dt, record, new)
-
-    def _route(
-        self,
-        slot: I64,
-        time_s: F64,
-        yes: NDArray[np.bool_],
-        there: list[tuple[I64, F64]],
-        elsewhere: list[tuple[I64, F64]],
-    ) -> None:
-        """Add requests and their times to one list or the other."""
-        chosen = np.flatnonzero(yes)
-        if len(chosen) == len(yes):
-            there.append((slot, time_s))
-            return
-        there.append((slot.take(chosen), time_s.take(chosen)))
-        others = np.flatnonzero(~yes)
-        elsewhere.append((slot.take(others), time_s.take(others)))
 
     def _without_probes(self, left: Departures, arrive_s: F64, hop: int) -> tuple[I64, F64]:
         """Slots and arrivals behind the hop of the requests among `left`; probes end here."""
