@@ -184,6 +184,36 @@ def test_the_rate_and_the_delay_are_felt(hop):
     assert elapsed_s < DEADLINE_S
 
 
+def test_a_played_delay_is_felt_and_order_is_kept(hop):
+    relay, near, far, _, _ = hop
+    # 0.5 s under way for what leaves within the first half second, nothing after.
+    t0_s = time.monotonic()
+    relay.play_delay(0, t0_s, 0.5, [0.5, 0.0])
+    near.sendall(b"first")
+    assert receive(far, 5) == b"first"
+    assert time.monotonic() - t0_s >= 0.5
+    start_s = time.monotonic()
+    near.sendall(b"second")
+    assert receive(far, 6) == b"second"
+    assert start_s - t0_s < DEADLINE_S
+    with pytest.raises(ConfigError, match="delay must be finite"):
+        relay.play_delay(0, 0.0, 1.0, [0.1, -0.1])
+    with pytest.raises(ConfigError, match="no hop 7"):
+        relay.play_delay(7, 0.0, 1.0, [0.1])
+
+
+def test_pieces_never_overtake_when_the_delay_falls():
+    link = SerialLink(RateTrace.constant(8.0), 0.0)  # 1 MB/s
+    link.delay = DelayTrace.from_samples(0.0, 0.1, [0.3, 0.0, 0.2])
+    for name, at_s in (("a", 0.05), ("b", 0.12), ("c", 0.25)):
+        link.offer(at_s, 1000, name)
+    link.take_due(0.3)
+    assert link.take_due(0.3509) == []
+    # a left at 0.051 and is due at 0.351; b, without delay, waits for it.
+    assert link.take_due(0.3511) == ["a", "b"]
+    assert link.take_due(0.4509) == [] and link.take_due(0.4511) == ["c"]
+
+
 def test_a_sender_feels_back_pressure(hop):
     relay, near, far, _, _ = hop
     relay.play_rate(0, time.monotonic(), 1.0, [0.0])

@@ -1,13 +1,16 @@
 """Trace files, how they are played, generators, and the split into families."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trace_files import csv, tiny_root
 
+from agents import evaluate
 from env._play import CELL_S, Jitter, TracePlayer, _averaged, fit_jitter
 from env.conditions import Conditions, mean_delay_s, process_mean
 from env.generators import generator, generator_names
@@ -24,11 +27,6 @@ SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "traces"
 SCENARIOS = sorted(p.stem for p in (Path(__file__).parents[1] / "env" / "scenarios").glob("*.toml"))
 
 values_mbps = st.lists(st.floats(0.0, 1e4, allow_subnormal=False), min_size=2, max_size=60)
-
-
-def csv(path, header, rows):
-    path.write_text("\n".join([header, *(",".join(map(repr, r)) for r in rows)]) + "\n")
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -313,25 +311,6 @@ def test_a_wrong_delay_is_named(tmp_path, delay, message):
         Scenario.load(path)
 
 
-def tiny_root(path):
-    """A folder laid out like measured traces, two files of each source."""
-    names = {
-        "bandwidth": ["pam25drive_a-UL-1", "pam25drive_a-DL-1", "saturatr_X-down", "saturatr_X-up",
-                      "ucc5g_d-DL", "nyumets_b", "hsdpa_bus-1-DL"],
-        "rtt": ["p_atnt-1", "p_tmobile-1", "p_verizon-1"],
-        "load": ["awsnab_a", "bitbrains_a"],
-        "arrivals": ["nab_a", "azurellm23_a"],
-    }  # fmt: skip
-    column = {"bandwidth": "mbps", "rtt": "rtt_ms", "load": "load", "arrivals": "rate_rps"}
-    rng = np.random.default_rng(0)
-    for folder, files in names.items():
-        (path / folder).mkdir()
-        for name in files:
-            rows = [(float(t), float(v)) for t, v in enumerate(rng.uniform(0.1, 1.0, 40))]
-            csv(path / folder / f"{name}.csv", f"time_s,{column[folder]}", rows)
-    return path
-
-
 def sources(conditions):
     """Every file that a part's conditions play, by what it is played as."""
     files = {"bandwidth": set(), "rtt": set(), "load": set(), "arrivals": set()}
@@ -380,6 +359,31 @@ def test_no_source_is_in_two_parts(tmp_path):
         parts.part("everything")
     with pytest.raises(ConfigError, match="no traces"):
         split(tmp_path / "rtt")
+
+
+def test_evaluate_on_measured_traces(tmp_path):
+    root, out = tmp_path / "traces", tmp_path / "out.json"
+    root.mkdir()
+    tiny_root(root)
+    argv = ["--model", "alexnet", "--traces", str(root)]
+    argv += ["--split", "validation", "--arms", "solver", "--seeds", "2", "--intervals", "4"]
+    argv += ["--startup-s", "1", "--rates", "0.4,0.8", "--json", str(out)]
+    assert evaluate.main(argv) == 0
+    result = json.loads(out.read_text())
+    assert result["split"] == "validation" and set(result["by_family"]) == {"saturatr"}
+    names = [
+        "saturatr-azurellm23",
+        "saturatr-steady",
+        "saturatr-x4-azurellm23",
+        "saturatr-x4-steady",
+    ]
+    assert list(result["by_condition"]) == names
+    for condition in result["by_condition"].values():
+        assert condition["family"] == "saturatr" and set(condition["by_rate"]) == {"0.4", "0.8"}
+        assert set(condition["arms"]) == {"static", "solver"}
+    submitted = [c["arms"]["solver"]["requests"]["submitted"] for c in
+                 result["by_condition"].values()]  # fmt: skip
+    assert result["arms"]["solver"]["requests"]["submitted"] == sum(submitted)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the measured traces are not part of the product")
