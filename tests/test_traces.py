@@ -15,7 +15,7 @@ from env._play import CELL_S, Jitter, TracePlayer, _averaged, fit_jitter
 from env.conditions import Conditions, mean_delay_s, process_mean
 from env.generators import generator, generator_names
 from env.predict import CostModel
-from env.scenario import HopSetup, NodeSetup, Process, Scenario
+from env.scenario import SHIPPED, HopSetup, NodeSetup, Process, Scenario
 from env.simulator import Simulator
 from env.splits import PARTS, split
 from env.synthetic import synthetic_profile
@@ -23,8 +23,10 @@ from env.traces import MTU_BYTES, Trace, load_trace, load_traces
 from executor.errors import ConfigError
 from executor.model import model_spec
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "traces"
-SCENARIOS = sorted(p.stem for p in (Path(__file__).parents[1] / "env" / "scenarios").glob("*.toml"))
+# Beside a checkout, not in it.
+FOLDERS = [p / "shared" / "traces" for p in Path(__file__).resolve().parents]
+MEASURED = next((p for p in FOLDERS if p.is_dir()), None)
+SCENARIOS = sorted(p.stem for p in SHIPPED.glob("*.toml"))
 
 values_mbps = st.lists(st.floats(0.0, 1e4, allow_subnormal=False), min_size=2, max_size=60)
 
@@ -304,7 +306,7 @@ def test_shipped_scenarios_run(name):
      ('{ kind = "trace" }', "needs `path`")],
 )  # fmt: skip
 def test_a_wrong_delay_is_named(tmp_path, delay, message):
-    text = Path(Scenario.load.__func__.__globals__["SHIPPED"] / "default.toml").read_text()
+    text = (SHIPPED / "default.toml").read_text()
     path = tmp_path / "s.toml"
     path.write_text(text.replace("one_way_delay_s = 0.010", f"one_way_delay_s = {delay}"))
     with pytest.raises(ConfigError, match=message):
@@ -386,9 +388,9 @@ def test_evaluate_on_measured_traces(tmp_path):
     assert result["arms"]["solver"]["requests"]["submitted"] == sum(submitted)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the measured traces are not part of the product")
+@pytest.mark.skipif(MEASURED is None, reason="the measured traces are not part of the product")
 def test_the_measured_traces_split_and_read():
-    parts = split(SHARED)
+    parts = split(MEASURED)
     check_split(parts)
     for condition in (*parts.train, *parts.validation, *parts.test):
         for hop in condition.scenario.hops:
