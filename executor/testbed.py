@@ -171,16 +171,10 @@ class Relay:
         self._send(hop, delay_s=check_delay(delay_s))
 
     def play_delay(self, hop: int, t0_s: float, dt_s: float, delay_s: Sequence[float]) -> None:
-        """Let a hop's one-way delay follow a trace; order is kept, and the last value stays.
-
-        Args:
-            hop: Index of the hop.
-            t0_s: Monotonic time at which the trace starts (its first value holds before).
-            dt_s: Seconds per sample.
-            delay_s: Delays in seconds, finite and >= 0.
+        """Let a hop's one-way delay follow a trace, in seconds; else as `play_rate`.
 
         Raises:
-            ConfigError: No such hop, or the trace is not as said above.
+            ConfigError: No such hop, or a delay is negative or not finite.
             HandshakeError: The relay has ended.
         """
         delays = [float(value) for value in delay_s]
