@@ -36,6 +36,7 @@ from env.live import LiveSystem
 from env.predict import CostModel
 from env.scenario import Scenario
 from env.simulator import Simulator
+from env.splits import PARTS, Condition, split
 from executor.errors import ConfigError
 from executor.profile import Profile, write_atomic
 
@@ -73,6 +74,8 @@ def _main(args: argparse.Namespace) -> int:
                 )
     if len(result["by_rate"]) > 1:
         console.print(table(f"{args.model}, {args.backend}, all rates", result["arms"]))
+    for family, part in result.get("by_family", {}).items():
+        console.print(table(f"{args.model}, traces of {family}, all rates", part["arms"]))
     if args.json is not None:
         write_atomic(args.json, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
     if args.plot is not None:
@@ -89,6 +92,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", required=True, type=model_argument, help="alexnet, vgg16 or mobilenet_v2")
     add("--backend", choices=("simulator", "testbed"), default="simulator")
     add("--scenario", type=Path, help="TOML file (default: the shipped one)")
+    add(
+        "--traces",
+        type=Path,
+        help="folder of measured traces (docs/traces.md): play a part of its split instead of the "
+        "scenario's bandwidth, load, delay and arrivals",
+    )
+    add("--split", choices=tuple(PARTS), help="which part of --traces (default: test)")
     add("--arms", help=f"comma-separated, of {', '.join(ARMS)} (default: all there is)")
     add("--seeds", type=positive_int, default=16, help="conditions per rate")
     add("--first-seed", type=int, default=FIRST_SEED)
@@ -112,32 +122,53 @@ def _evaluate(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Run everything that was asked for; returns the results as plain numbers."""
     if args.startup_s is not None and not args.startup_s >= 0:
         raise ConfigError(f"--startup-s must be >= 0, got {args.startup_s}")
+    if args.split is not None and args.traces is None:
+        raise ConfigError("--split names a part of --traces DIR; give both")
     scenario = Scenario.load(args.scenario)
     rates = _rates(args.rates)
-    scenarios = [scenario.replace(capacity_fraction=f, rate_rps=0.0) for f in rates] or [scenario]
+    conditions = [Condition("", "", scenario)]
+    if args.traces is not None:
+        conditions = [*split(args.traces, scenario).part(args.split or "test")]
     directory = args.checkpoint or CHECKPOINTS / args.model
     arms = _arms(args.arms, directory, console)
     checkpoint = Checkpoint.load(directory, args.model) if set(arms) & set(POLICY_ARMS) else None
     profile = _profile(args, directory, scenario)
-    by_rate: dict[str, Any] = {}
-    parts: list[_Part] = []
+    by_rate: dict[str, list[_Part]] = {}
+    by_condition: list[list[_Part]] = []
     with progress(console) as bar:
-        for at_rate in scenarios:
-            part = _Part(args, CostModel(profile, at_rate), arms, checkpoint, bar)
-            part.run()
-            parts.append(part)
-            by_rate[f"{part.fraction:.3g}"] = {
-                "rate_rps": part.model.rate_rps(),
-                "startup_s": part.startup * scenario.interval_s,
-                "overrun_share": part.overruns,
-                "arms": summarise(part.runs, part.model, part.decide_us),
+        for condition in conditions:
+            played = condition.scenario
+            at_rates = [played.replace(capacity_fraction=f, rate_rps=0.0) for f in rates]
+            by_condition.append([])
+            for at_rate in at_rates or [played]:
+                model = CostModel(profile, at_rate)
+                part = _Part(args, model, arms, checkpoint, bar, condition.name)
+                part.run()
+                by_condition[-1].append(part)
+                by_rate.setdefault(f"{part.fraction:.3g}", []).append(part)
+    parts = [part for done in by_condition for part in done]
+    families: dict[str, Any] = {}
+    if args.traces is not None:
+        families["split"] = args.split or "test"
+        families["by_condition"] = {
+            condition.name: {
+                "family": condition.family,
+                "by_rate": {f"{p.fraction:.3g}": _pooled([p]) for p in done},
+                "arms": _pooled(done)["arms"],
             }
-    pooled = {name: ArmRun.stack([p.runs[name] for p in parts]) for name in arms}
-    decide_us = {name: float(np.mean([p.decide_us[name] for p in parts])) for name in arms}
+            for condition, done in zip(conditions, by_condition, strict=True)
+        }
+        families["by_family"] = {
+            family: _pooled(
+                [p for c, ps in zip(conditions, by_condition, strict=True)
+                 if c.family == family for p in ps]
+            )
+            for family in dict.fromkeys(c.family for c in conditions)
+        }  # fmt: skip
     return {
         "model": args.model,
         "backend": args.backend,
-        "rates": [p.fraction for p in parts],
+        "rates": [p.fraction for p in by_condition[0]],
         "scenario": str(args.scenario or "default"),
         "seeds": args.seeds,
         "repeats": args.repeats if args.backend == "testbed" else 1,
@@ -157,13 +188,33 @@ def _evaluate(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             "decide_us": "CPU time of one decision for one environment",
             "battery_h": f"{BATTERY_WH:g} Wh at the edge's mean power, idling included",
         },
-        "arms": summarise(pooled, parts[0].model, decide_us),
-        "by_rate": by_rate,
+        "arms": _pooled(parts)["arms"],
+        "by_rate": {rate: _pooled(done) for rate, done in by_rate.items()},
+        **families,
+    }
+
+
+def _pooled(parts: list[_Part]) -> dict[str, Any]:
+    """What the arms did over all conditions of several parts."""
+    names = parts[0].runs
+    overruns: dict[str, float] = {}
+    for part in parts:
+        for node, share in part.overruns.items():
+            overruns[node] = max(share, overruns.get(node, 0.0))
+    return {
+        "rate_rps": float(np.mean([p.model.rate_rps() for p in parts])),
+        "startup_s": max(p.startup * p.model.scenario.interval_s for p in parts),
+        "overrun_share": overruns,
+        "arms": summarise(
+            {name: ArmRun.stack([p.runs[name] for p in parts]) for name in names},
+            parts[0].model,
+            {name: float(np.mean([p.decide_us[name] for p in parts])) for name in names},
+        ),
     }
 
 
 class _Part:
-    """All arms at one arrival rate."""
+    """All arms under one set of conditions, at one arrival rate."""
 
     def __init__(
         self,
@@ -172,6 +223,7 @@ class _Part:
         arms: list[str],
         checkpoint: Checkpoint | None,
         bar: Progress,
+        name: str = "",
     ) -> None:
         self.args, self.model, self.arms, self.checkpoint = args, model, arms, checkpoint
         self.fraction = model.rate_rps() / model.capacity_rps
@@ -188,7 +240,7 @@ class _Part:
         runs_per_arm = args.seeds * args.repeats if self._live else 1
         self._bar = bar
         self._task = bar.add_task(
-            f"{self.fraction:.3g} of capacity",
+            f"{name} {self.fraction:.3g} of capacity".strip(),
             note="",
             total=length * len(arms) * runs_per_arm + tried * runs_per_arm + timed,
         )

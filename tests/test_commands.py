@@ -154,6 +154,8 @@ BAD = [
     (deploy.main, ["--controller", "edge", "--source", "/nowhere"], "folder of images"),
     (evaluate.main, ["--model", "lenet"], "unknown model 'lenet'"),
     (evaluate.main, ["--model", "alexnet", "--arms", "magic"], "magic"),
+    (evaluate.main, ["--model", "alexnet", "--split", "test"], "--traces DIR"),
+    (evaluate.main, ["--model", "alexnet", "--traces", "no-such-folder"], "no traces"),
     (evaluate.main, ["--model", "alexnet", "--seeds", "0"], "seeds"),
 ]
 
