@@ -1,10 +1,12 @@
-"""What an operator sees of a node: `/metrics` for Prometheus, `/healthz` and `/livez`.
+"""What an operator sees of a node: `/metrics` for Prometheus, and whether it is well.
 
 Nothing is counted for Prometheus: at a scrape the node's loop is asked for the facts it keeps
 anyway, and an unanswered question is itself the news that the loop is stuck.
 
 - `/metrics`: the names, units and help texts below (`docs/operations.md` lists them).
 - `/healthz`: 200 while the node serves and hears the node after it; else 503. JSON says why.
+- `/readyz`: 200 while it takes requests, whatever its neighbours do: a silent cloud must not take
+  the fog out of service.
 - `/livez`: 200 while the loop answers at all; a restart helps only where this fails.
 """
 
@@ -158,7 +160,8 @@ class NodeMonitor:
         routes = {
             "/metrics": metrics_route(NodeCollector(role, self._facts)),
             "/healthz": lambda query: self._health(),
-            "/livez": lambda query: self._live(),
+            "/readyz": lambda query: self._answer("starting", "stuck", "draining"),
+            "/livez": lambda query: self._answer("starting", "stuck"),
         }
         self._server = HttpServer("metrics", host, port, routes)
         self.port = self._server.port
@@ -211,10 +214,10 @@ class NodeMonitor:
             values[key] = value if not isinstance(value, float) or math.isfinite(value) else None
         return json_response(values, 200 if state == "serving" else 503)
 
-    def _live(self) -> Response:
+    def _answer(self, *failing: str) -> Response:
+        """The state alone; 503 in one of those named."""
         state, reason, _ = self._state()
-        dead = state in ("starting", "stuck")
-        return json_response({"status": state, "reason": reason}, 503 if dead else 200)
+        return json_response({"status": state, "reason": reason}, 503 if state in failing else 200)
 
 
 _HEALTH_KEYS = (
