@@ -167,17 +167,18 @@ def await_queue(client: Client, node: int) -> None:
 
 
 def refusal(client: Client, plan: Plan, taken: list[Any]) -> str:
-    """What a new request is told, once the node drains; those taken before that are added."""
+    """What new requests are told, once the node drains; those still taken are added to `taken`."""
+    tried: list[Any] = []
     deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        future = client.submit(sample_input(0), plan)
+    while not any(future.done() and future.exception() for future in tried):
+        assert time.monotonic() < deadline, "nothing was refused"
+        tried.append(client.submit(sample_input(0), plan))
         time.sleep(0.05)
-        if future.done() and future.exception() is not None:
-            error = future.exception()
-            assert isinstance(error, RequestRefused)
-            return str(error)
-        taken.append(future)
-    raise AssertionError("nothing was refused")
+    taken += [future for future in tried if future.exception(30) is None]
+    errors = [future.exception() for future in tried if future.exception() is not None]
+    assert all(isinstance(error, RequestRefused) for error in errors)
+    assert len({str(error) for error in errors}) == 1
+    return str(errors[0])
 
 
 def test_draining_ends_at_its_deadline(cluster: Cluster) -> None:
