@@ -25,7 +25,7 @@ from executor._counters import Histogram
 from executor._http import HttpServer
 from executor.client import Client
 from executor.cluster import Cluster, NodeConfig
-from executor.errors import ConfigError
+from executor.errors import ConfigError, RequestError
 from executor.metrics import NodeMonitor
 from executor.model import sample_input
 from executor.node import main
@@ -33,6 +33,9 @@ from executor.plan import Plan
 
 ROOT = Path(__file__).resolve().parent.parent
 N = 21
+SUFFIXES = {
+    "gauge": ("",), "counter": ("_total",), "histogram": ("_bucket", "_count", "_sum"),
+}  # fmt: skip
 
 
 def free_ports(count: int) -> list[int]:
@@ -43,20 +46,23 @@ def free_ports(count: int) -> list[int]:
         return [int(one.getsockname()[1]) for one in sockets]
 
 
-def scrape(url: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    """Every sample of a scrape, by name and sorted labels; help and type must be there."""
-    status, body = get(url + "/metrics")
-    assert status == 200
-    samples = {}
-    for family in text_string_to_metric_families(body.decode()):
-        assert family.documentation and family.type != "unknown", family.name
-        for sample in family.samples:
-            samples[sample.name, tuple(sorted(sample.labels.items()))] = sample.value
-    return samples
+class Scrape:
+    """A scrape: its samples by name and labels, and the names that it may have samples of."""
 
+    def __init__(self, url: str) -> None:
+        status, body = get(url + "/metrics")
+        assert status == 200
+        self.samples: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
+        self.names: set[str] = set()
+        for family in text_string_to_metric_families(body.decode()):
+            assert family.documentation and family.type != "unknown", family.name
+            self.names |= {family.name + suffix for suffix in SUFFIXES[family.type]}
+            for sample in family.samples:
+                assert sample.name in self.names
+                self.samples[sample.name, frozenset(sample.labels.items())] = sample.value
 
-def value(samples: dict[Any, float], name: str, **labels: str) -> float:
-    return samples[name, tuple(sorted(labels.items()))]
+    def value(self, name: str, **labels: str) -> float:
+        return self.samples["splitpilot_" + name, frozenset(labels.items())]
 
 
 def health(url: str, path: str = "/healthz") -> tuple[int, dict[str, Any]]:
@@ -104,96 +110,84 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
 
 
 @pytest.fixture(scope="module")
-def agent_samples() -> dict[Any, float]:
+def agent() -> Scrape:
     """A scrape of an agent that fell back once."""
     feed = Feed()
     feed.begin()
     for _ in range(5):
-        feed.step()
+        feed.step(reason="")
     feed.step(reason="bandwidth stale")
     with HttpServer("metrics", "127.0.0.1", 0, agent_routes(feed.telemetry)) as server:
-        return scrape(server.url)
+        return Scrape(server.url)
 
 
 @pytest.fixture(scope="module")
-def node_samples(chain: Chain) -> list[dict[Any, float]]:
+def nodes(chain: Chain) -> list[Scrape]:
     """Scrapes of both nodes after 5 requests and one that was refused."""
     with Client(chain.cluster) as client:
         client.connect(20.0)
-        for _ in range(3):
-            client.submit(sample_input(0), Plan((7,))).result()
-        client.submit(sample_input(0), Plan((N,))).result()
-        client.submit(sample_input(0), Plan((0,))).result()
+        for cuts in (7, 7, 7, N, 0):
+            client.submit(sample_input(0), Plan((cuts,))).result()
         client._digest = b"another!"
-        with pytest.raises(Exception, match="runs weights"):
+        with pytest.raises(RequestError, match="runs weights"):
             client.submit(sample_input(0), Plan((7,))).result()
-        return [scrape(url) for url in chain.urls]
+        return [Scrape(url) for url in chain.urls]
 
 
-def test_a_node_counts_what_it_did(node_samples: list[dict[Any, float]]) -> None:
-    edge, cloud = node_samples
-    p = "splitpilot_node_"
-    assert value(edge, p + "requests_total", node="edge") == 6
-    assert value(edge, p + "relayed_total", node="edge") == 1
-    assert value(edge, p + "stages_total", node="edge") == 4
-    assert value(edge, p + "stage_seconds_count", node="edge") == 4
-    assert value(edge, p + "queue_wait_seconds_bucket", node="edge", le="+Inf") == 4
-    assert value(edge, p + "errors_total", node="edge", code="wrong_model") == 1
-    assert value(edge, p + "open_requests", node="edge") == 0
-    assert value(edge, p + "draining", node="edge") == 0
-    assert value(edge, p + "hop_backlog_bytes", node="edge", to="cloud") == 0
-    assert value(edge, p + "hop_rtt_seconds", node="edge", to="cloud") > 0
-    assert value(edge, p + "peer_heartbeat_age_seconds", node="edge", peer="next") < 60
-    energy = [v for (name, _), v in edge.items() if name == p + "energy_joules_total"]
+def test_a_node_counts_what_it_did(nodes: list[Scrape]) -> None:
+    edge, cloud = nodes
+    assert edge.value("node_requests_total", node="edge") == 6
+    assert edge.value("node_relayed_total", node="edge") == 1
+    assert edge.value("node_stages_total", node="edge") == 4
+    assert edge.value("node_stage_seconds_count", node="edge") == 4
+    assert edge.value("node_queue_wait_seconds_bucket", node="edge", le="+Inf") == 4
+    assert edge.value("node_errors_total", node="edge", code="wrong_model") == 1
+    assert edge.value("node_open_requests", node="edge") == 0
+    assert edge.value("node_draining", node="edge") == 0
+    assert edge.value("node_hop_backlog_bytes", node="edge", to="cloud") == 0
+    assert edge.value("node_hop_rtt_seconds", node="edge", to="cloud") > 0
+    assert edge.value("node_peer_heartbeat_age_seconds", node="edge", peer="next") < 60
+    energy = [v for (name, _), v in edge.samples.items() if "energy_joules_total" in name]
     assert len(energy) == 1 and energy[0] > 0
-    assert value(cloud, p + "requests_total", node="cloud") == 4
-    assert value(cloud, p + "stage_seconds_sum", node="cloud") > 0
-    assert not any(name.startswith(p + "hop_") for name, _ in cloud)
-    assert value(cloud, "process_resident_memory_bytes") > 1e7
+    assert cloud.value("node_requests_total", node="cloud") == 4
+    assert cloud.value("node_stage_seconds_sum", node="cloud") > 0
+    assert not any("_hop_" in name for name in cloud.names)
+    assert cloud.samples["process_resident_memory_bytes", frozenset()] > 1e7
 
 
-def test_an_agent_counts_what_it_decided(agent_samples: dict[Any, float]) -> None:
-    a, p = agent_samples, "splitpilot_agent_"
-    assert value(a, p + "serving") == 1
-    assert value(a, p + "decisions_total", by="policy", reason="") == 5
-    assert value(a, p + "decisions_total", by="solver", reason="bandwidth stale") == 1
-    assert value(a, p + "fallbacks_total", reason="bandwidth stale") == 1
-    completed = value(a, p + "completed_total")
-    assert completed == value(a, p + "latency_seconds_count") > 0
-    joules = value(a, p + "energy_joules_total", scope="total", accounting="full")
-    each = value(a, p + "energy_per_request_joules", scope="total", accounting="full")
+def test_an_agent_counts_what_it_decided(agent: Scrape) -> None:
+    assert agent.value("agent_serving") == 1
+    assert agent.value("agent_decisions_total", by="policy", reason="") == 5
+    assert agent.value("agent_decisions_total", by="solver", reason="bandwidth stale") == 1
+    assert agent.value("agent_fallbacks_total", reason="bandwidth stale") == 1
+    completed = agent.value("agent_completed_total")
+    assert completed == agent.value("agent_latency_seconds_count") > 0
+    joules = agent.value("agent_energy_joules_total", scope="total", accounting="full")
+    each = agent.value("agent_energy_per_request_joules", scope="total", accounting="full")
     assert each == pytest.approx(joules / completed)
-    assert value(a, p + "node_up", node="edge") == 1 and value(a, p + "node_up", node="cloud") == 0
-    assert value(a, p + "hop_bytes_per_second", hop="edge-fog") > 0
+    assert agent.value("agent_node_up", node="edge") == 1
+    assert agent.value("agent_node_up", node="cloud") == 0
+    assert agent.value("agent_hop_bytes_per_second", hop="edge-fog") > 0
 
 
-def names(samples: dict[Any, float]) -> set[str]:
-    return {name for name, _ in samples if name.startswith("splitpilot_")}
-
-
-def test_grafana_asks_only_for_what_there_is(
-    node_samples: list[dict[Any, float]], agent_samples: dict[Any, float]
-) -> None:
+def test_grafana_asks_only_for_what_there_is(nodes: list[Scrape], agent: Scrape) -> None:
     dashboard = json.loads((ROOT / "ops" / "grafana-dashboard.json").read_text())
     asked = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
     asked += [v["definition"] for v in dashboard["templating"]["list"] if "definition" in v]
     wanted = set(re.findall(r"(?:splitpilot|process)_\w+", " ".join(asked)))
-    there = {name for samples in (*node_samples, agent_samples) for name, _ in samples}
+    there = nodes[0].names | agent.names
     assert len(wanted) > 30 and wanted <= there, wanted - there
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
 
 
-def test_every_metric_is_in_the_docs_and_no_other(
-    node_samples: list[dict[Any, float]], agent_samples: dict[Any, float]
-) -> None:
+def test_every_metric_is_in_the_docs_and_no_other(nodes: list[Scrape], agent: Scrape) -> None:
     text = (ROOT / "docs" / "operations.md").read_text()
     documented = set(re.findall(r"^\| `(splitpilot_\w+)", text, re.MULTILINE))
-    found = names(agent_samples) | names(node_samples[0])
-    found = {re.sub(r"_(bucket|count|sum)$", "", name) for name in found}
-    assert documented == found
+    found = {name for name in nodes[0].names | agent.names if name.startswith("splitpilot_")}
+    assert documented == {re.sub(r"_(bucket|count|sum)$", "", name) for name in found}
 
 
-def test_health_follows_the_neighbour(chain: Chain, node_samples: object) -> None:
+def test_health_follows_the_neighbour(chain: Chain, nodes: object) -> None:
     edge, cloud = chain.urls
     status, facts = health(edge)
     assert status == 200 and facts["status"] == "serving" and facts["next"] == "cloud"
@@ -211,7 +205,7 @@ def test_health_follows_the_neighbour(chain: Chain, node_samples: object) -> Non
     assert health(edge, "/livez")[0] == health(edge, "/readyz")[0] == 200
 
 
-def test_a_nodes_log_lines_are_json(chain: Chain, node_samples: object) -> None:
+def test_a_nodes_log_lines_are_json(chain: Chain, nodes: object) -> None:
     process = chain.processes[0]
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=30)
@@ -232,7 +226,7 @@ def test_a_node_that_starts_or_is_stuck_says_so() -> None:
         url = f"http://127.0.0.1:{monitor.port}"
         status, facts = health(url)
         assert status == 503 and facts["status"] == "starting"
-        assert value(scrape(url), "splitpilot_node_up", node="fog") == 0
+        assert Scrape(url).value("node_up", node="fog") == 0
         monitor.watch(StuckNode())
         status, facts = health(url, "/livez")
         assert status == 503 and facts["status"] == "stuck"
@@ -270,7 +264,7 @@ def test_connections_that_say_nothing_do_not_lock_others_out() -> None:
                 stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
             assert get(server.url + "/healthz")[0] == 503
             # Over the bound a connection is closed at once, and no thread is made for it.
-            for _ in range(8):
+            for _ in range(12):
                 stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
             with pytest.raises((urllib.error.URLError, OSError)):
                 urllib.request.urlopen(server.url + "/healthz", timeout=10)
