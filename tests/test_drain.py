@@ -102,6 +102,15 @@ def test_a_request_that_fails_or_is_lost_is_not_waited_for(
     assert node.drained
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """As the nodes have it: with more, a sum's order differs and so do its last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def cluster() -> Cluster:
     ports = free_ports(2)
