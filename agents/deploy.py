@@ -43,7 +43,7 @@ from executor.profile import write_atomic
 
 __all__ = ["main"]
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("agents.deploy")  # also where it is __main__
 
 UNLIMITED_S = 7200.0
 CONTROLLERS = ("policy", "solver", "paper", "static", "edge", "fog", "cloud")
