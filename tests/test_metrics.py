@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zmq
 from prometheus_client.parser import text_string_to_metric_families
 from test_dashboard import Feed, get
 
@@ -25,11 +26,12 @@ from executor._counters import Histogram
 from executor._http import HttpServer
 from executor.client import Client
 from executor.cluster import Cluster, NodeConfig
-from executor.errors import ConfigError, RequestError
+from executor.errors import ConfigError
 from executor.metrics import NodeMonitor
 from executor.model import sample_input
 from executor.node import main
 from executor.plan import Plan
+from executor.wire import Header, Kind, array_body, pack, parse
 
 ROOT = Path(__file__).resolve().parent.parent
 N = 21
@@ -128,10 +130,16 @@ def nodes(chain: Chain) -> list[Scrape]:
         client.connect(20.0)
         for cuts in (7, 7, 7, N, 0):
             client.submit(sample_input(0), Plan((cuts,))).result()
-        client._digest = b"another!"
-        with pytest.raises(RequestError, match="runs weights"):
-            client.submit(sample_input(0), Plan((7,))).result()
-        return [Scrape(url) for url in chain.urls]
+    with zmq.Context() as ctx, ctx.socket(zmq.DEALER) as dealer:
+        dealer.linger = 0
+        dealer.connect(chain.cluster.nodes[0].connect_endpoint())
+        header = Header(Kind.INFER, client=b"c" * 16, seq=1, cuts=(7,), digest=b"another!")
+        body = array_body(header, sample_input(0).numpy())
+        dealer.send_multipart([pack(header), body])
+        while True:
+            assert dealer.poll(20_000)
+            if parse(dealer.recv_multipart()).header.kind is Kind.ERROR:
+                return [Scrape(url) for url in chain.urls]
 
 
 def test_a_node_counts_what_it_did(nodes: list[Scrape]) -> None:
