@@ -17,6 +17,7 @@ from agents.hindsight import HindsightSettings
 from agents.pipeline import Pipeline
 from agents.training import TrainingSettings
 from env.scenario import Scenario
+from executor.logs import add_log_arguments, configure_logging
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,7 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="TensorBoard's folder")
     parser.add_argument("--weights", default="none", help="none, DEFAULT or a file (testbed only)")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted training")
+    add_log_arguments(parser)
     args = parser.parse_args(argv)
+    configure_logging(args)
     for name in ("rounds", "online_steps"):
         if getattr(args, name) < 0:
             flag = name.replace("_", "-")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -38,6 +37,7 @@ from env.scenario import Scenario
 from env.simulator import Simulator
 from env.splits import PARTS, Condition, split
 from executor.errors import ConfigError
+from executor.logs import add_log_arguments, configure_logging
 from executor.profile import Profile, write_atomic
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ MAX_OVERRUN_SHARE = 0.01
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code (2: bad input, one line on stderr)."""
     args = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    configure_logging(args)
     return run_command(lambda: _main(args))
 
 
@@ -115,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--profile", type=Path, help="profile JSON (default: the checkpoint's; testbed: measured)")
     add("--json", type=Path, help="write the results here")
     add("--plot", type=Path, help="write a figure here (PNG, SVG, PDF)")
+    add_log_arguments(parser)
     return parser
 
 
