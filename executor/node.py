@@ -127,10 +127,11 @@ class Node:
                 self._dialled.append(_Dialled(self._ctx, cluster, target, role))
             chain = build_chain(cluster.model, cluster.weights, device=device)
             # The first pass builds kernels; no request should pay for that.
-            chain.run(sample_input(0).to(chain.device), 0, chain.spec.n_units)
+            x = sample_input(0, chain.spec.input_shape).to(chain.device)
+            chain.run(x, 0, chain.spec.n_units)
             hello = {
                 "name": role,
-                "model": cluster.model,
+                "model": chain.spec.name,
                 "digest": chain.digest,
                 "n_units": chain.spec.n_units,
                 "input_bytes": chain.spec.cut_bytes[0],
