@@ -15,8 +15,6 @@ from executor.errors import ConfigError, one_line
 
 __all__ = ["digest_of", "seed_weights", "seeded_tensor", "stored_state"]
 
-CALIBRATION_IMAGES = 4
-
 
 def seeded_tensor(shape: tuple[int, ...], seed: int) -> torch.Tensor:
     """Seeded values of zero mean and unit variance, float32; the same bytes on every machine."""
@@ -24,7 +22,7 @@ def seeded_tensor(shape: tuple[int, ...], seed: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def seed_weights(net: nn.Module, input_shape: tuple[int, ...], seed: int) -> None:
+def seed_weights(net: nn.Module, input_shape: tuple[int, ...], seed: int, images: int = 4) -> None:
     """Kaiming weights, and batch-norm statistics of seeded inputs.
 
     With torchvision's own initialisation MobileNetV2's logits differ by 1e-10 between inputs, so a
@@ -37,6 +35,7 @@ def seed_weights(net: nn.Module, input_shape: tuple[int, ...], seed: int) -> Non
         net: The network, in float32 on the CPU; put into inference mode.
         input_shape: Shape of its input.
         seed: Chooses the values.
+        images: Inputs that the statistics are of; they are another choice of values.
     """
     generator = _generator(seed)
     norms = []
@@ -59,8 +58,8 @@ def seed_weights(net: nn.Module, input_shape: tuple[int, ...], seed: int) -> Non
         return
     # In float64 and then rounded to 8 bits, the statistics too are the same on every machine.
     hooks = [norm.register_forward_pre_hook(_take_statistics) for norm in norms]
-    images = torch.empty((CALIBRATION_IMAGES * input_shape[0], *input_shape[1:]))
-    net.eval().double()(_uniform_(images, math.sqrt(3.0), generator).double())
+    batch = torch.empty((images * input_shape[0], *input_shape[1:]))
+    net.eval().double()(_uniform_(batch, math.sqrt(3.0), generator).double())
     for hook in hooks:
         hook.remove()
     net.float()

@@ -154,6 +154,8 @@ class Cluster:
         nodes: The chain, N >= 2 nodes in order.
         max_queue: Requests a node queues before it refuses.
         threads: Torch threads per node; None takes torch's own choice (the testbed uses 1).
+        backend: What computes, one of `executor.backends.BACKENDS` or "auto" (measured at start).
+            With "eager" everywhere, like machines give the same bits wherever the model is cut.
         keys_dir: Folder of CURVE certificates; None means plain TCP.
         direct: Links past nodes, at most one from each node.
         client: Name of the key that this machine's client uses.
@@ -165,13 +167,14 @@ class Cluster:
     nodes: tuple[NodeConfig, ...]
     max_queue: int = 64
     threads: int | None = None
+    backend: str = "eager"
     keys_dir: str | None = None
     direct: tuple[DirectLink, ...] = ()
     client: str = "client"
     peer_rate_rps: float = 2000.0
 
     def __post_init__(self) -> None:
-        for field in ("model", "weights"):
+        for field in ("model", "weights", "backend"):
             value = getattr(self, field)
             if not isinstance(value, str) or not value:
                 raise ConfigError(f"cluster: {field} must be a non-empty string, got {value!r}")
@@ -334,6 +337,8 @@ class Cluster:
         """The cluster as TOML text, which `from_toml` reads back equal."""
         lines = [f"model = {_quote(self.model)}", f"weights = {_quote(self.weights)}"]
         lines.append(f"max_queue = {self.max_queue}")
+        if self.backend != "eager":
+            lines.append(f"backend = {_quote(self.backend)}")
         if self.threads is not None:
             lines.append(f"threads = {self.threads}")
         if self.keys_dir is not None:

@@ -76,16 +76,37 @@ class UnitChain:
             raise ConfigError(
                 f"{self.spec.name} has units 0..{len(self.units)}, got [{start}, {stop})"
             )
-        y = x
+        y = self._enter(x) if start < stop else x
         with torch.inference_mode():
             for k in range(start, stop):
                 if self._writes_input[k] and _share_memory(x, y):
                     y = y.clone()
-                y = self.units[k](y).contiguous()
+                y = self._between(self.units[k](y))
+            if start < stop:
+                y = self._leave(y)
             # Dropout and flatten hand their input through.
             if start < stop and _share_memory(x, y):
                 y = y.clone()
         return y
+
+    def _enter(self, x: torch.Tensor) -> torch.Tensor:
+        """The form in which the first unit takes the stage's input."""
+        return x
+
+    def _between(self, y: torch.Tensor) -> torch.Tensor:
+        """The form in which the next unit takes a unit's output: what a cut would make of it."""
+        return y.contiguous()
+
+    def _leave(self, y: torch.Tensor) -> torch.Tensor:
+        """The form in which the stage's output leaves: contiguous."""
+        return y
+
+    @classmethod
+    def like(cls, chain: UnitChain, units: list[nn.Module]) -> UnitChain:
+        """A chain of other modules that compute what `chain`'s units compute."""
+        made = cls(chain.spec, units, chain._writes_input, chain.digest)
+        made.device = chain.device
+        return made
 
     def to(self, device: str | torch.device) -> UnitChain:
         """Move the weights to `device`; returns the chain itself.
@@ -169,7 +190,7 @@ def build_chain(model: str, weights: str = "none", seed: int = 0, device: str = 
     if weights == "none":
         if network.on_meta:
             net.to_empty(device="cpu")
-        _seed(net, network.input_shape, seed, model_label(model))
+        _seed(net, network.input_shape, seed, model)
     elif weights != "DEFAULT" or not network.source:
         _load(net, trained_state(model) if weights == "DEFAULT" else stored_state(weights), weights,
               model_label(model))  # fmt: skip
@@ -267,12 +288,13 @@ def _units_by_hand(net: nn.Module) -> dict[str, nn.Module]:
     return units
 
 
-def _seed(net: nn.Module, input_shape: tuple[int, ...], seed: int, label: str) -> None:
+def _seed(net: nn.Module, input_shape: tuple[int, ...], seed: int, model: str) -> None:
     try:
-        seed_weights(net, input_shape, seed)
+        # float64 is slow on large networks; the three by hand keep what they always had.
+        seed_weights(net, input_shape, seed, images=4 if model in MODELS else 2)
     except (RuntimeError, TypeError) as error:
         raise ConfigError(
-            f"model {label}: no seeded weights, its statistics cannot be taken in float64: "
+            f"model {model_label(model)}: statistics cannot be taken in float64: "
             f'{one_line(error)}; use weights = "DEFAULT" or a file'
         ) from error
 

@@ -37,10 +37,11 @@ from executor._sockets import (
     watch_link,
 )
 from executor.arguments import Parser
+from executor.backends import build_backend
 from executor.cluster import Cluster, NodeConfig
 from executor.energy import best_meter
 from executor.errors import ConfigError
-from executor.model import build_chain, sample_input
+from executor.model import sample_input
 from executor.pacing import LoadTrace, Pacer
 
 __all__ = ["Node", "main"]
@@ -83,6 +84,7 @@ class Node:
         role: str,
         *,
         torch_device: str | None = None,
+        backend: str | None = None,
         ratio: float | None = None,
         insecure: bool = False,
     ) -> None:
@@ -92,6 +94,7 @@ class Node:
             cluster: The chain.
             role: This node's name in it.
             torch_device: Overrides the cluster's device for this node.
+            backend: Overrides the cluster's backend for this node.
             ratio: Emulated slowness, see `executor.pacing.Pacer`; None runs at full speed.
             insecure: Allow listening off loopback without keys.
 
@@ -125,7 +128,9 @@ class Node:
             direct = cluster.direct_target(index)
             for target in (*following, *([direct] if direct else [])):
                 self._dialled.append(_Dialled(self._ctx, cluster, target, role))
-            chain = build_chain(cluster.model, cluster.weights, device=device)
+            chain, backend = build_backend(
+                backend or cluster.backend, cluster.model, cluster.weights, device=device
+            )
             # The first pass builds kernels; no request should pay for that.
             x = sample_input(0, chain.spec.input_shape).to(chain.device)
             chain.run(x, 0, chain.spec.n_units)
@@ -137,6 +142,7 @@ class Node:
                 "input_bytes": chain.spec.cut_bytes[0],
                 "device": config.device,
                 "torch_device": device,
+                "backend": backend,
                 "torch": torch.__version__,
                 "machine": platform.machine(),
                 "ratio": ratio,
@@ -313,6 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--role", required=True, help="this node's name in the cluster file")
     parser.add_argument("--cluster", required=True, type=Path, help="cluster.toml")
     parser.add_argument("--device", help="torch device; overrides the cluster file")
+    parser.add_argument("--backend", help="auto, eager, tuned or onnx; overrides the cluster file")
     parser.add_argument("--threads", type=int, help="torch threads; overrides the cluster file")
     parser.add_argument("--insecure", action="store_true", help="allow plain TCP off loopback")
     parser.add_argument("--ratio", type=float, help="emulate a node this many times slower")
@@ -332,6 +339,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             cluster,
             args.role,
             torch_device=args.device,
+            backend=args.backend,
             ratio=args.ratio,
             insecure=args.insecure,
         )

@@ -153,7 +153,13 @@ def head_start(units: list[Unit]) -> int:
 
 
 class _Tracer(fx.Tracer):
-    """Keeps torch's own modules whole; looks into all others."""
+    """Keeps torch's own modules whole; looks into all others.
+
+    What a network computes from its own parameters and buffers alone is part of the graph, too:
+    evaluated while tracing, it would stay what the weights were then.
+    """
+
+    proxy_buffer_attributes = True
 
 
 def _defaults(net: nn.Module) -> dict[str, Any]:
@@ -246,7 +252,10 @@ def _stretches(trace: _Trace) -> list[_Stretch]:
     order = _computed(trace)
     position = {node: k for k, node in enumerate(order)}
     last_use = {
-        node: max((position.get(user, len(order)) for user in node.users), default=-1)
+        node: max(
+            (len(order) if user.op == "output" else position.get(user, -1) for user in node.users),
+            default=-1,
+        )
         for node in order
     }
     stretches: list[_Stretch] = []

@@ -39,7 +39,7 @@ def one_thread():
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_every_cut_is_the_whole_model_bit_for_bit(name):
-    """Each stretch runs on the bytes that would cross, and the last one gives the whole's output."""
+    """Each stretch runs on the bytes that would cross; the last one gives the whole's output."""
     spec = model_spec(name)
     n_units, n_cuts, head, static = EXPECTED[name]
     assert (spec.n_units, len(candidate_cuts(spec))) == (n_units, n_cuts)
@@ -125,7 +125,7 @@ class Net(nn.Module):
         x = self.first(x)
         x.relu_()
         y = self.second(x * scale) + x + self.shift.sigmoid() + self.table
-        y += torch.ones(y.shape[1], 1, 1, dtype=y.dtype, device=y.device)
+        y += y.new_ones(y.shape[1], 1, 1) + self.shift.to(y.device)
         return self.head(torch.relu_(y).mean((2, 3)))
 
 
@@ -203,7 +203,7 @@ def test_a_file_with_an_own_module_is_a_model(own_file):
     seeded = build_chain(model)
     assert seeded.digest == build_chain(model).digest != chain.digest
     y, z = (seeded.run(v, 0, spec.n_units) for v in (x, other))
-    assert float((y - z).abs().max() / y.abs().max()) > 0.03
+    assert float((y - z).abs().max() / y.abs().max()) > 0.005
     assert min(synthetic_model(model, Scenario.load()).nodes[0].unit_s) > 0
     # Code is no part of the weights, so the file's bytes are in the digest.
     own_file.write_text(OWN + "\n# changed\n")

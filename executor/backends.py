@@ -1,0 +1,206 @@
+"""What computes a stretch of units: one interface, several engines.
+
+- `eager`: torch as it is. The reference: on one machine any split gives the whole model's bits.
+- `tuned`: torch with batch norms folded into the convolutions before them, in channels-last.
+- `onnx`: onnxruntime, one session per unit (`pip install "splitpilot[onnx]"`), CPU only.
+
+Each serves any stretch [a, b) from the one copy of the weights it holds: `tuned` folds in place,
+and `onnx` lends torch's large matrices to its sessions. Their outputs agree with eager's within
+1e-4 of max |y|.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import logging
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx.experimental.optimization import fuse
+
+from executor.errors import ConfigError, one_line
+from executor.model import UnitChain, build_chain, sample_input
+
+__all__ = ["BACKENDS", "available_backends", "build_backend"]
+
+BACKENDS = ("eager", "tuned", "onnx")
+TRIALS = 3
+
+_log = logging.getLogger(__name__)
+
+
+def available_backends(device: str = "cpu") -> tuple[str, ...]:
+    """The backends that can run here on a torch device."""
+    found = [name for name in BACKENDS if name != "onnx" or _missing(device) is None]
+    return tuple(found)
+
+
+def build_backend(
+    name: str, model: str, weights: str = "none", seed: int = 0, device: str = "cpu"
+) -> tuple[UnitChain, str]:
+    """Build a model on a backend.
+
+    Args:
+        name: One of `BACKENDS`, or "auto": each that is available runs a few whole passes, and the
+            fastest one stays.
+        model: As `executor.model.build_chain`, and so are the other arguments.
+        weights: See there.
+        seed: See there.
+        device: See there.
+
+    Returns:
+        The chain, and the name of its backend.
+
+    Raises:
+        ConfigError: Unknown backend, a package it needs is missing, it cannot take this model or
+            device, or as `build_chain`.
+    """
+    if name == "auto":
+        name = _fastest(lambda each: build_backend(each, model, weights, seed, device)[0], device)
+    if name not in BACKENDS:
+        raise ConfigError(f"unknown backend {name!r}; expected auto, {', '.join(BACKENDS)}")
+    if name == "onnx" and (reason := _missing(device)):
+        raise ConfigError(reason)
+    chain = build_chain(model, weights, seed, device)
+    return (chain if name == "eager" else _MAKERS[name](chain)), name
+
+
+def _fastest(build: Callable[[str], UnitChain], device: str) -> str:
+    taken_s: dict[str, float] = {}
+    for name in available_backends(device):
+        try:
+            chain = build(name)
+        except ConfigError as error:
+            if name == "eager":
+                raise
+            _log.warning("backend %s is left out: %s", name, error)
+            continue
+        x = sample_input(0, chain.spec.input_shape).to(chain.device)
+        times_s = []
+        for _ in range(TRIALS + 1):
+            begun_s = time.perf_counter()
+            chain.run(x, 0, chain.spec.n_units).cpu()
+            times_s.append(time.perf_counter() - begun_s)
+        taken_s[name] = min(times_s[1:])
+    _log.info("whole passes: %s", {name: f"{t * 1e3:.1f} ms" for name, t in taken_s.items()})
+    return min(taken_s, key=taken_s.__getitem__)
+
+
+def _missing(device: str) -> str | None:
+    """Why onnxruntime cannot be used; None if it can."""
+    if torch.device(device).type != "cpu":
+        return f"backend onnx runs on the CPU, not on {device!r}; use eager or tuned"
+    for package in ("onnx", "onnxruntime"):
+        if importlib.util.find_spec(package) is None:
+            return f'backend onnx needs {package}: pip install "splitpilot[onnx]"'
+    return None
+
+
+class _TunedChain(UnitChain):
+    """Channels-last within a stage; contiguous, as everywhere, at a cut."""
+
+    def _enter(self, x: torch.Tensor) -> torch.Tensor:
+        return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+    def _between(self, y: torch.Tensor) -> torch.Tensor:
+        return y
+
+    def _leave(self, y: torch.Tensor) -> torch.Tensor:
+        return y.contiguous()
+
+
+def _tuned(chain: UnitChain) -> UnitChain:
+    units = []
+    for unit in chain.units:
+        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in unit.modules()):
+            unit = fuse(unit, inplace=True)
+        to_format: Any = unit.to  # torch's signature for this use is not typed
+        units.append(to_format(memory_format=torch.channels_last).requires_grad_(False))
+    return _TunedChain.like(chain, units)
+
+
+class _Session(nn.Module):
+    """A unit in onnxruntime."""
+
+    def __init__(self, session: Any, shared: dict[str, Any]) -> None:
+        super().__init__()
+        self._session = session
+        self._shared = shared
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Run it; the output is new memory."""
+        (y,) = self._session.run(None, {"x": x.numpy(), **self._shared})
+        return torch.from_numpy(y)
+
+
+def _onnx(chain: UnitChain) -> UnitChain:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Arenas and spinning threads would cost each session memory and CPU that others need.
+    options.enable_cpu_mem_arena = False
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    y = sample_input(0, chain.spec.input_shape)
+    sessions: list[nn.Module] = []
+    for k, unit in enumerate(chain.units):
+        try:
+            model, shared = _exported(unit, y)
+            session = onnxruntime.InferenceSession(
+                model, options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # the exporter and the parser raise many kinds
+            raise ConfigError(
+                f"backend onnx cannot take unit {chain.spec.unit_names[k]} of {chain.spec.name}: "
+                f"{one_line(error)}"
+            ) from error
+        sessions.append(_Session(session, shared))
+        y = chain.run(y, k, k + 1)
+    return UnitChain.like(chain, sessions)
+
+
+def _exported(unit: nn.Module, x: torch.Tensor) -> tuple[bytes, dict[str, Any]]:
+    """A unit as an ONNX model, and the weights it takes as inputs instead of holding them.
+
+    onnxruntime keeps two copies of what a model holds. A fully connected layer's matrix is most of
+    a model's weights and gains nothing from being known ahead, so it stays torch's and is lent to
+    each run; the rest (convolutions, mostly) goes in, where onnxruntime folds and reorders it.
+    """
+    import onnx
+
+    file = io.BytesIO()
+    export: Any = torch.onnx.export  # it takes a buffer, its type says otherwise
+    with warnings.catch_warnings(), torch.no_grad():
+        # It warns that it is the older exporter; the newer one wants onnxscript too.
+        warnings.simplefilter("ignore")
+        # A clone: units may work in place, and outside inference mode.
+        export(
+            unit,
+            (x.clone(),),
+            file,
+            dynamo=False,
+            input_names=["x"],
+            export_params=False,
+            # Off training as the unit is, but without folded weights that no state dict names.
+            training=torch.onnx.TrainingMode.PRESERVE,
+            do_constant_folding=False,
+        )
+    model = onnx.load_from_string(file.getvalue())
+    state = {name: tensor.numpy() for name, tensor in unit.state_dict().items()}
+    lent = {node.input[1] for node in model.graph.node if node.op_type == "Gemm"} & state.keys()
+    kept = [value for value in model.graph.input if value.name == "x" or value.name in lent]
+    held = [value.name for value in model.graph.input if value.name not in lent | {"x"}]
+    del model.graph.input[:]
+    model.graph.input.extend(kept)
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(state[n], n) for n in held)
+    return model.SerializeToString(), {name: state[name] for name in lent}
+
+
+_MAKERS = {"tuned": _tuned, "onnx": _onnx}
