@@ -4,9 +4,10 @@ python benchmarks/backends.py
 
 One thread. Passes of all backends take turns, and CPU seconds of the computing thread are compared,
 so that other work on the machine hits all alike. "Kept" is the split model's speed-up over the
-split eager model, as a share of the whole model's. Memory is the anonymous resident memory of a
-fresh process that served three passes, less that of one that only imported torch, torchvision and
-onnxruntime.
+split eager model, as a share of the whole model's; for onnx the whole model is one session that
+fuses across all units, as who uses onnxruntime alone would have it. Memory is the anonymous
+resident memory of a fresh process that served three passes, less that of one that only imported
+torch, torchvision and onnxruntime.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import time
 from itertools import pairwise
 
 import torch
+from torch import nn
 
-from executor.backends import available_backends, build_backend
+from executor.backends import available_backends, build_backend, onnx_unit
 from executor.model import MODELS, UnitChain, model_spec, sample_input, unit_costs
 
 
@@ -41,25 +43,41 @@ def compare(model: str, rounds: int) -> None:
     cuts = {"whole": (0, n), "split": (0, *spec.static_plan, n)}
     chains = {name: build_backend(name, model)[0] for name in available_backends()}
     x = sample_input(0, spec.input_shape)
+    if "onnx" in chains:
+        chains["single"] = single_session(chains["eager"], x)
     taken: dict[tuple[str, str], list[float]] = {}
     for _ in range(rounds + 1):
         for name, chain in chains.items():
-            for form, at in cuts.items():
+            for form, at in cuts.items() if name != "single" else [("whole", (0, 1))]:
                 taken.setdefault((name, form), []).append(pass_s(chain, x, at))
     ms = {key: 1e3 * statistics.median(times[1:]) for key, times in taken.items()}
     weights_mib = sum(cost.param_bytes for cost in unit_costs(model)) / 2**20
     base_kib = resident_kib("", "")
     print(f"{model}: split at {spec.static_plan}, weights {weights_mib:.0f} MiB")
-    for name in chains:
-        whole = ms["eager", "whole"] / ms[name, "whole"]
+    for name in available_backends():
+        reference = "single" if name == "onnx" else name
+        whole = ms["eager", "whole"] / ms[reference, "whole"]
         split = ms["eager", "split"] / ms[name, "split"]
         held_mib = (resident_kib(name, model) - base_kib) / 1024
         print(
-            f"  {name:6} whole {ms[name, 'whole']:7.1f} ms ({whole:.2f} x)  "
+            f"  {name:6} whole {ms[reference, 'whole']:7.1f} ms ({whole:.2f} x)  "
             f"split {ms[name, 'split']:7.1f} ms ({split:.2f} x)  kept {split / whole:4.0%}  "
             f"memory {held_mib:4.0f} MiB (bound {1.2 * weights_mib + 100:.0f})",
             flush=True,
         )
+
+
+class WholeModel(UnitChain):
+    """A chain of one unit that is the whole model."""
+
+    def run(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """All of it."""
+        with torch.inference_mode():
+            return self.units[0](x)
+
+
+def single_session(chain: UnitChain, x: torch.Tensor) -> UnitChain:
+    return WholeModel.like(chain, [onnx_unit(nn.Sequential(*chain.units), x)])
 
 
 def resident_kib(backend: str, model: str) -> int:

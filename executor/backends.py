@@ -29,7 +29,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from executor.errors import ConfigError, one_line
 from executor.model import UnitChain, build_chain, sample_input
 
-__all__ = ["BACKENDS", "available_backends", "build_backend"]
+__all__ = ["BACKENDS", "available_backends", "build_backend", "onnx_unit"]
 
 BACKENDS = ("eager", "tuned", "onnx")
 TRIALS = 3
@@ -177,6 +177,27 @@ class _Session(nn.Module):
 
 
 def _onnx(chain: UnitChain) -> UnitChain:
+    y = sample_input(0, chain.spec.input_shape)
+    sessions: list[nn.Module] = []
+    for k, unit in enumerate(chain.units):
+        try:
+            sessions.append(onnx_unit(unit, y))
+        except Exception as error:  # the exporter and the parser raise many kinds
+            raise ConfigError(
+                f"backend onnx cannot take unit {chain.spec.unit_names[k]} of {chain.spec.name}: "
+                f"{one_line(error)}"
+            ) from error
+        y = chain.run(y, k, k + 1)
+    return UnitChain.like(chain, sessions)
+
+
+def onnx_unit(unit: nn.Module, x: torch.Tensor) -> nn.Module:
+    """A module in onnxruntime, with torch's number of threads.
+
+    Args:
+        unit: The module, in inference mode on the CPU.
+        x: An input of the shape it will always get.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -186,22 +207,9 @@ def _onnx(chain: UnitChain) -> UnitChain:
     # Arenas and spinning threads would cost each session memory and CPU that others need.
     options.enable_cpu_mem_arena = False
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    y = sample_input(0, chain.spec.input_shape)
-    sessions: list[nn.Module] = []
-    for k, unit in enumerate(chain.units):
-        try:
-            model, shared = _exported(unit, y)
-            session = onnxruntime.InferenceSession(
-                model, options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # the exporter and the parser raise many kinds
-            raise ConfigError(
-                f"backend onnx cannot take unit {chain.spec.unit_names[k]} of {chain.spec.name}: "
-                f"{one_line(error)}"
-            ) from error
-        sessions.append(_Session(session, shared))
-        y = chain.run(y, k, k + 1)
-    return UnitChain.like(chain, sessions)
+    model, shared = _exported(unit, x)
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return _Session(session, shared)
 
 
 def _exported(unit: nn.Module, x: torch.Tensor) -> tuple[bytes, dict[str, Any]]:
