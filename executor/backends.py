@@ -2,7 +2,7 @@
 
 - `eager`: torch as it is. The reference: on one machine any split gives the whole model's bits.
 - `tuned`: torch with batch norms folded into the convolutions before them, in channels-last.
-- `onnx`: onnxruntime, one session per unit (`pip install "splitpilot[onnx]"`), CPU only.
+- `onnx`: onnxruntime, sessions of one to four units (`pip install "splitpilot[onnx]"`), CPU only.
 
 Each serves any stretch [a, b) from the one copy of the weights it holds: `tuned` folds in place,
 and `onnx` lends torch's large matrices to its sessions. Their outputs agree with eager's within
@@ -19,7 +19,8 @@ import io
 import logging
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,11 +29,18 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from executor.errors import ConfigError, one_line
 from executor.model import UnitChain, build_chain, sample_input
+from executor.plan import ModelSpec
 
 __all__ = ["BACKENDS", "available_backends", "build_backend", "onnx_unit"]
 
 BACKENDS = ("eager", "tuned", "onnx")
 TRIALS = 3
+# Onnxruntime's own cost per session (reordering, no fusion across its ends) is a fifth of
+# MobileNetV2's pass; runs of this many units win back most of it, for a second copy of what the
+# sessions hold. That copy (twice, see `_exported`) is made where it keeps a node within 1.2 copies
+# of the weights and 100 MiB, half of which onnxruntime takes anyway.
+FUSED_UNITS = 4
+FUSED_BYTES = 50 * 2**20
 
 _log = logging.getLogger(__name__)
 
@@ -162,6 +170,29 @@ def _folded(unit: nn.Module) -> nn.Module:
     return module
 
 
+class _OnnxChain(UnitChain):
+    """Sessions of single units, and fused ones of runs of units where memory allows.
+
+    Attributes:
+        fused: By first unit, one past the last and the session.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, units: list[nn.Module], writes_input: Sequence[bool], digest: str
+    ) -> None:
+        super().__init__(spec, units, writes_input, digest)
+        self.fused: dict[int, tuple[int, nn.Module]] = {}
+
+    def _schedule(self, start: int, stop: int) -> Iterator[tuple[int, nn.Module]]:
+        k = start
+        while k < stop:
+            end, session = self.fused.get(k, (stop + 1, None))
+            if session is None or end > stop:
+                end, session = k + 1, self.units[k]
+            yield k, session
+            k = end
+
+
 class _Session(nn.Module):
     """A unit in onnxruntime."""
 
@@ -169,6 +200,7 @@ class _Session(nn.Module):
         super().__init__()
         self._session = session
         self._shared = shared
+        self.lent_bytes = sum(array.nbytes for array in shared.values())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Run it; the output is new memory."""
@@ -177,21 +209,37 @@ class _Session(nn.Module):
 
 
 def _onnx(chain: UnitChain) -> UnitChain:
-    y = sample_input(0, chain.spec.input_shape)
-    sessions: list[nn.Module] = []
+    n = chain.spec.n_units
+    activations = [sample_input(0, chain.spec.input_shape)]
+    sessions: list[_Session] = []
     for k, unit in enumerate(chain.units):
         try:
-            sessions.append(onnx_unit(unit, y))
+            sessions.append(onnx_unit(unit, activations[k]))
         except Exception as error:  # the exporter and the parser raise many kinds
             raise ConfigError(
                 f"backend onnx cannot take unit {chain.spec.unit_names[k]} of {chain.spec.name}: "
                 f"{one_line(error)}"
             ) from error
-        y = chain.run(y, k, k + 1)
-    return UnitChain.like(chain, sessions)
+        activations.append(chain.run(activations[k], k, k + 1))
+    made = _OnnxChain(chain.spec, list(sessions), [False] * n, chain.digest)
+    weights = sum(p.nbytes for unit in chain.units for p in unit.parameters())
+    held = weights - sum(session.lent_bytes for session in sessions)
+    if 3 * held <= weights // 5 + FUSED_BYTES:
+        for start, stop in _runs((0, *chain.spec.static_plan, n)):
+            module = nn.Sequential(*chain.units[start:stop])
+            made.fused[start] = (stop, onnx_unit(module, activations[start]))
+    return made
 
 
-def onnx_unit(unit: nn.Module, x: torch.Tensor) -> nn.Module:
+def _runs(cuts: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Runs of 2 to `FUSED_UNITS` units, none across one of the cuts."""
+    found = []
+    for start, stop in pairwise(cuts):
+        found += [(k, min(k + FUSED_UNITS, stop)) for k in range(start, stop, FUSED_UNITS)]
+    return [(start, stop) for start, stop in found if stop - start > 1]
+
+
+def onnx_unit(unit: nn.Module, x: torch.Tensor) -> _Session:
     """A module in onnxruntime, with torch's number of threads.
 
     Args:

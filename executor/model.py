@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,16 +78,20 @@ class UnitChain:
             )
         y = self._enter(x) if start < stop else x
         with torch.inference_mode():
-            for k in range(start, stop):
+            for k, unit in self._schedule(start, stop):
                 if self._writes_input[k] and _share_memory(x, y):
                     y = y.clone()
-                y = self._between(self.units[k](y))
+                y = self._between(unit(y))
             if start < stop:
                 y = self._leave(y)
             # Dropout and flatten hand their input through.
             if start < stop and _share_memory(x, y):
                 y = y.clone()
         return y
+
+    def _schedule(self, start: int, stop: int) -> Iterable[tuple[int, nn.Module]]:
+        """What to call for units [start, stop): first unit of each call, and the module."""
+        return zip(range(start, stop), self.units[start:stop], strict=True)
 
     def _enter(self, x: torch.Tensor) -> torch.Tensor:
         """The form in which the first unit takes the stage's input."""
