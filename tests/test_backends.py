@@ -40,7 +40,7 @@ def need(backend):
 
 
 @pytest.mark.parametrize("backend", ["tuned", "onnx"])
-@pytest.mark.parametrize("model", [*MODELS, "squeezenet1_1"])
+@pytest.mark.parametrize("model", MODELS)
 def test_a_backend_agrees_with_eager_at_every_candidate_cut(model, backend):
     need(backend)
     eager = build_chain(model)
