@@ -12,18 +12,19 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from agents.cli import CHECKPOINTS, Parser, model_argument, positive_int, run_command
+from agents.cli import CHECKPOINTS, MODEL_HELP, Parser, model_argument, positive_int, run_command
 from agents.hindsight import HindsightSettings
 from agents.pipeline import Pipeline
 from agents.training import TrainingSettings
 from env.scenario import Scenario
 from executor.logs import add_log_arguments, configure_logging
+from executor.modelref import model_label
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command."""
     parser = Parser(prog="python train.py", description=__doc__.split("\n\n")[1])
-    parser.add_argument("--model", type=model_argument, default="alexnet")
+    parser.add_argument("--model", type=model_argument, default="alexnet", help=MODEL_HELP)
     parser.add_argument("--scenario", type=Path, help="scenario file (default: the shipped one)")
     parser.add_argument("--cluster", type=Path, help="train on these nodes, not on the testbed")
     parser.add_argument("--rounds", type=int, default=20, help="rounds of hindsight before PPO")
@@ -52,8 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         scenario=Scenario.load(args.scenario),
         training=training,
         online_steps=args.online_steps,
-        directory=args.checkpoint or CHECKPOINTS / args.model,
-        log_dir=args.runs / f"{args.model}-{time.strftime('%Y%m%d-%H%M%S')}",
+        directory=args.checkpoint or CHECKPOINTS / model_label(args.model),
+        log_dir=args.runs / f"{model_label(args.model)}-{time.strftime('%Y%m%d-%H%M%S')}",
         cluster=args.cluster,
         weights=args.weights,
         live_intervals=args.live_intervals,

@@ -15,22 +15,22 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from executor.arguments import Parser
 from executor.errors import ConfigError, SplitpilotError
 
-__all__ = ["CHECKPOINTS", "Parser", "model_argument", "progress", "run_command"]
+__all__ = ["CHECKPOINTS", "MODEL_HELP", "Parser", "model_argument", "progress", "run_command"]
 
 # What writing meets on a full or read-only disk, in a library's hands too (TensorBoard's files).
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+MODEL_HELP = "a torchvision classification model's name, or FILE.py:FUNCTION"
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
 
 
 def model_argument(name: str) -> str:
-    """An argument type: a known model's name."""
-    from executor.model import MODELS
+    """An argument type: a torchvision classification model, or FILE.py:FUNCTION made absolute."""
+    from executor.networks import check_model
 
-    if name not in MODELS:
-        raise argparse.ArgumentTypeError(
-            f"unknown model {name!r}; expected one of {', '.join(MODELS)}"
-        )
-    return name
+    try:
+        return check_model(name)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def positive_float(text: str) -> float:

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.live import Live
 from torch.utils.tensorboard.writer import SummaryWriter
 
-from agents.cli import CHECKPOINTS, Parser, model_argument, positive_float, run_command
+from agents.cli import CHECKPOINTS, MODEL_HELP, Parser, model_argument, positive_float, run_command
 from agents.controllers import ArmContext, Controller, Decision, make_arm
 from agents.dashboard import DEFAULT_PORT, dashboard_routes
 from agents.display import live_line, live_table, summary_table
@@ -39,6 +39,8 @@ from env.system import StepResult
 from executor._http import HttpServer, add_metrics_arguments, port
 from executor.errors import ConfigError
 from executor.logs import add_log_arguments, configure_logging
+from executor.model import model_spec
+from executor.modelref import model_label
 from executor.profile import write_atomic
 
 __all__ = ["main"]
@@ -49,12 +51,23 @@ UNLIMITED_S = 7200.0
 CONTROLLERS = ("policy", "solver", "paper", "static", "edge", "fog", "cloud")
 
 
-def image_inputs(directory: Path) -> Callable[[int], Any]:
-    """Images of a folder as inputs: resized to 256, centre-cropped to 224, ImageNet-normalised.
+def image_inputs(
+    directory: Path, shape: tuple[int, ...] = (1, 3, 224, 224)
+) -> Callable[[int], Any]:
+    """Images of a folder as inputs: resized, centre-cropped, ImageNet-normalised.
+
+    Args:
+        directory: The folder.
+        shape: The model's input, 1 x 3 x S x S: the shorter side is resized to S * 8 / 7 (256 for
+            224), the crop is S.
 
     Raises:
-        ConfigError: No such folder, no image in it, or one that cannot be read.
+        ConfigError: No such folder, no image in it, one that cannot be read, or a model that takes
+            no colour image.
     """
+    crop, resized = shape[-1], round(shape[-1] * 8 / 7)
+    if shape != (1, 3, crop, crop):
+        raise ConfigError(f"--source: images are 1 x 3 x S x S, the model takes {shape}")
     import torch
     from PIL import Image
 
@@ -73,11 +86,11 @@ def image_inputs(directory: Path) -> Callable[[int], Any]:
                 rgb = image.convert("RGB")
         except OSError as error:
             raise ConfigError(f"--source: cannot read image {file}: {error}") from error
-        scale = 256 / min(rgb.size)
-        size = (max(256, round(rgb.width * scale)), max(256, round(rgb.height * scale)))
+        scale = resized / min(rgb.size)
+        size = (max(resized, round(rgb.width * scale)), max(resized, round(rgb.height * scale)))
         rgb = rgb.resize(size, Image.Resampling.BILINEAR)
-        left, top = (rgb.width - 224) // 2, (rgb.height - 224) // 2
-        pixels = np.asarray(rgb.crop((left, top, left + 224, top + 224)), dtype=np.float32)
+        left, top = (rgb.width - crop) // 2, (rgb.height - crop) // 2
+        pixels = np.asarray(rgb.crop((left, top, left + crop, top + crop)), dtype=np.float32)
         tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255.0
         inputs.append(((tensor - mean) / std).unsqueeze(0).contiguous())
     return lambda i: inputs[i % len(inputs)]
@@ -97,7 +110,11 @@ def open_system(args: Any, checkpoint: Checkpoint | None) -> Iterator[LiveSystem
     scenario = Scenario.load(args.scenario).replace(episode_s=args.duration or UNLIMITED_S)
     if args.rate:
         scenario = scenario.replace(rate_rps=args.rate)
-    source = None if args.source == "random" else image_inputs(Path(args.source))
+    source = (
+        None
+        if args.source == "random"
+        else image_inputs(Path(args.source), model_spec(args.model).input_shape)
+    )
     references = checkpoint.references if checkpoint else None
     if args.cluster:
         with open_cluster(args.cluster, args.model, scenario, source, references) as system:
@@ -111,7 +128,7 @@ def open_system(args: Any, checkpoint: Checkpoint | None) -> Iterator[LiveSystem
 
 def _parser() -> Parser:
     parser = Parser(prog="python -m agents.deploy", description=__doc__.split("\n\n")[1])
-    parser.add_argument("--model", type=model_argument, default="alexnet")
+    parser.add_argument("--model", type=model_argument, default="alexnet", help=MODEL_HELP)
     parser.add_argument("--cluster", type=Path, help="cluster.toml; without it the testbed starts")
     parser.add_argument("--controller", choices=CONTROLLERS, default="policy")
     parser.add_argument("--source", default="random", help="`random` or a folder of images")
@@ -154,10 +171,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def _deploy(args: argparse.Namespace) -> int:
     console = Console()
-    log_dir = args.runs / f"deploy-{args.model}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = model_label(args.model)
+    log_dir = args.runs / f"deploy-{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     checkpoint = None
     if args.controller == "policy" or args.checkpoint:
-        checkpoint = Checkpoint.load(args.checkpoint or CHECKPOINTS / args.model, args.model)
+        checkpoint = Checkpoint.load(args.checkpoint or CHECKPOINTS / name, name)
     telemetry = Telemetry()
     with ExitStack() as stack:
         _serve_operators(args, telemetry, console, stack)

@@ -19,7 +19,15 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 
-from agents.cli import CHECKPOINTS, Parser, model_argument, positive_int, progress, run_command
+from agents.cli import (
+    CHECKPOINTS,
+    MODEL_HELP,
+    Parser,
+    model_argument,
+    positive_int,
+    progress,
+    run_command,
+)
 from agents.compare import (
     BATTERY_WH,
     ArmRun,
@@ -38,6 +46,7 @@ from env.simulator import Simulator
 from env.splits import PARTS, Condition, split
 from executor.errors import ConfigError
 from executor.logs import add_log_arguments, configure_logging
+from executor.modelref import model_label
 from executor.profile import Profile, write_atomic
 
 if TYPE_CHECKING:
@@ -62,8 +71,9 @@ def _main(args: argparse.Namespace) -> int:
     console = Console()
     console.width = max(console.width, TABLE_WIDTH)
     result = _evaluate(args, console)
+    name = result["model"]
     for rate, part in result["by_rate"].items():
-        title = f"{args.model}, {args.backend}, {rate} of capacity ({part['rate_rps']:.2f}/s)"
+        title = f"{name}, {args.backend}, {rate} of capacity ({part['rate_rps']:.2f}/s)"
         console.print(table(title, part["arms"]))
         for node, share in part["overrun_share"].items():
             if share > MAX_OVERRUN_SHARE:
@@ -73,9 +83,9 @@ def _main(args: argparse.Namespace) -> int:
                     markup=False,
                 )
     if len(result["by_rate"]) > 1:
-        console.print(table(f"{args.model}, {args.backend}, all rates", result["arms"]))
+        console.print(table(f"{name}, {args.backend}, all rates", result["arms"]))
     for family, part in result.get("by_family", {}).items():
-        console.print(table(f"{args.model}, traces of {family}, all rates", part["arms"]))
+        console.print(table(f"{name}, traces of {family}, all rates", part["arms"]))
     if args.json is not None:
         write_atomic(args.json, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
     if args.plot is not None:
@@ -89,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Compare arms on the same bandwidth, load and arrivals.",
     )
     add = parser.add_argument
-    add("--model", required=True, type=model_argument, help="alexnet, vgg16 or mobilenet_v2")
+    add("--model", required=True, type=model_argument, help=MODEL_HELP)
     add("--backend", choices=("simulator", "testbed"), default="simulator")
     add("--scenario", type=Path, help="TOML file (default: the shipped one)")
     add(
@@ -130,9 +140,10 @@ def _evaluate(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     conditions = [Condition("", "", scenario)]
     if args.traces is not None:
         conditions = [*split(args.traces, scenario).part(args.split or "test")]
-    directory = args.checkpoint or CHECKPOINTS / args.model
+    name = model_label(args.model)
+    directory = args.checkpoint or CHECKPOINTS / name
     arms = _arms(args.arms, directory, console)
-    checkpoint = Checkpoint.load(directory, args.model) if set(arms) & set(POLICY_ARMS) else None
+    checkpoint = Checkpoint.load(directory, name) if set(arms) & set(POLICY_ARMS) else None
     profile = _profile(args, directory, scenario)
     by_rate: dict[str, list[_Part]] = {}
     by_condition: list[list[_Part]] = []
@@ -167,7 +178,7 @@ def _evaluate(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             for family in dict.fromkeys(c.family for c in conditions)
         }  # fmt: skip
     return {
-        "model": args.model,
+        "model": name,
         "backend": args.backend,
         "rates": [p.fraction for p in by_condition[0]],
         "scenario": str(args.scenario or "default"),
@@ -372,7 +383,7 @@ def _profile(args: argparse.Namespace, directory: Path, scenario: Scenario) -> P
             f"make a checkpoint with `python train.py --model {args.model}`"
         )
     profile = Profile.load(path)
-    if profile.spec.name != args.model:
+    if profile.spec.name != model_label(args.model):
         raise ConfigError(f"profile {path} is of {profile.spec.name}, not {args.model}")
     if profile.n_nodes != scenario.n_nodes:
         raise ConfigError(

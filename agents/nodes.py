@@ -21,6 +21,8 @@ from executor.client import Client, RequestRecord
 from executor.cluster import Cluster
 from executor.errors import ConfigError
 from executor.model import sample_input
+from executor.modelref import model_label
+from executor.networks import INPUT_SHAPE
 from executor.plan import Plan, candidate_plans
 from executor.profile import Profile
 from executor.testbed import Testbed, TestbedHop, TestbedNode
@@ -40,9 +42,11 @@ Report = Callable[[str, int, int], None]
 INPUT_POOL = 8
 
 
-def random_inputs(pool: int = INPUT_POOL) -> Callable[[int], Any]:
-    """A source of seeded random inputs, made once and cycled: 1 x 3 x 224 x 224 float32 each."""
-    inputs = [sample_input(seed) for seed in range(pool)]
+def random_inputs(
+    shape: tuple[int, ...] = INPUT_SHAPE, pool: int = INPUT_POOL
+) -> Callable[[int], Any]:
+    """A source of seeded random float32 inputs of a model's input shape, made once and cycled."""
+    inputs = [sample_input(seed, shape) for seed in range(pool)]
     return lambda i: inputs[i % pool]
 
 
@@ -82,7 +86,7 @@ def calibrate(
     passes); and from what is left of the latencies an overhead per stage and one per frame: least
     squares over which stages and hops each plan used, not below 0.
     """
-    source = random_inputs()
+    source = random_inputs(profile.spec.input_shape)
     records: list[RequestRecord] = []
     for p, plan in enumerate(plans):
         for i in range(repeats + 1):
@@ -167,7 +171,9 @@ def open_testbed(
                 plans = candidate_plans(profile.spec, profile.n_nodes)
                 profile = calibrate(client, profile, spread(plans, 8))
             model = CostModel(profile, scenario, references)
-            system = LiveSystem(model, client, source or random_inputs(), testbed)
+            system = LiveSystem(
+                model, client, source or random_inputs(profile.spec.input_shape), testbed
+            )
             try:
                 yield system
             finally:
@@ -193,7 +199,7 @@ def open_cluster(
         HandshakeError: A node does not answer or holds other weights.
     """
     cluster = Cluster.load(path)
-    if cluster.model != model_name:
+    if cluster.model_name != model_label(model_name):
         raise ConfigError(f"cluster {path} runs {cluster.model}, but --model is {model_name}")
     if len(cluster.nodes) != scenario.n_nodes:
         raise ConfigError(
@@ -209,7 +215,7 @@ def open_cluster(
         system = LiveSystem(
             CostModel(profile, scenario, references, direct=cluster.direct_links),
             client,
-            source or random_inputs(),
+            source or random_inputs(profile.spec.input_shape),
         )
         try:
             yield system

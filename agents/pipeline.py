@@ -40,7 +40,7 @@ class Pipeline:
     """One training, from nodes to checkpoint.
 
     Attributes:
-        model_name: The model.
+        model_name: The model, as `executor.model.build_chain` takes it.
         scenario: Nodes, hops, conditions, cost.
         training: How PPO is run.
         online_steps: Intervals of fine-tuning on the nodes (0: none).
@@ -73,7 +73,7 @@ class Pipeline:
             profile = system.model.profile
             edge = system.model.references
             say(
-                f"{self.model_name} on {' - '.join(n.name for n in profile.nodes)}: edge-only "
+                f"{profile.spec.name} on {' - '.join(n.name for n in profile.nodes)}: edge-only "
                 f"{edge.latency_s * 1e3:.0f} ms, {edge.edge_j:.2f} J; "
                 f"{len(system.model.plans)} candidate plans; best static capacity "
                 f"{system.model.capacity_rps:.1f} requests/s"

@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from agents.cli import progress
+from agents.cli import MODEL_HELP, model_argument, progress
 from agents.compare import run_arm
 from agents.controllers import Static
 from agents.nodes import calibrate, measure_profile, random_inputs, spread, start_testbed
@@ -53,7 +53,7 @@ def capacity_rps(profile: Profile, plan: Plan, mbps: float) -> float:
 def main() -> None:
     """Run the comparison and print its table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="alexnet")
+    parser.add_argument("--model", default="alexnet", type=model_argument, help=MODEL_HELP)
     parser.add_argument("--plans", type=int, default=12)
     parser.add_argument("--requests", type=int, default=30, help="mean requests per cell")
     parser.add_argument("--seconds", type=float, default=12.0, help="at most, per cell")
@@ -79,7 +79,9 @@ def main() -> None:
                         )
                         scenario = constant_scenario(base, mbps, float(steps))
                         model = CostModel(profile, scenario)
-                        live = LiveSystem(model, client, random_inputs(), testbed, rate)
+                        live = LiveSystem(
+                            model, client, random_inputs(profile.spec.input_shape), testbed, rate
+                        )
                         arm = Static("plan", plan)
                         real = run_arm(live, arm, seed=SEED, n_intervals=steps)
                         simulator = Simulator(model, 1, SEED, rate_rps=rate, record_requests=True)

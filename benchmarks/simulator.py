@@ -18,14 +18,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from agents.cli import MODEL_HELP, model_argument
 from env.conditions import Conditions
 from env.predict import CostModel
 from env.scenario import Scenario
 from env.simulator import Simulator
 from env.state import Encoder
-from env.synthetic import synthetic_profile
+from env.synthetic import synthetic_model
 from executor.errors import ConfigError
-from executor.model import MODELS, model_spec
 
 TARGET_STEPS_PER_S = 300_000
 
@@ -43,7 +43,7 @@ def measure(step: Callable[[], object], batch: int, steps: int, repeats: int) ->
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="alexnet", choices=MODELS)
+    parser.add_argument("--model", default="alexnet", type=model_argument, help=MODEL_HELP)
     parser.add_argument("--scenario", default=None, help="scenario TOML; the shipped one if absent")
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--requests", type=float, default=5.0, help="mean requests per step")
@@ -52,7 +52,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         scenario = Scenario.load(args.scenario)
-        model = CostModel(synthetic_profile(model_spec(args.model), scenario), scenario)
+        model = CostModel(synthetic_model(args.model, scenario), scenario)
         rate = args.requests / scenario.interval_s
         simulator = Simulator(model, args.batch, 0, rate_rps=rate)
     except ConfigError as error:

@@ -15,7 +15,7 @@ from env.predict import CostModel
 from env.scenario import Scenario
 from env.simulator import Simulator
 from env.state import Encoder, SystemState, idle_probes
-from env.synthetic import synthetic_profile
+from env.synthetic import synthetic_model
 from env.system import System
 from executor.errors import ConfigError
 from executor.profile import Profile
@@ -89,7 +89,7 @@ class OffloadingEnv(gymnasium.Env[F32, np.int64]):
 
     Args:
         system: What to run on; a simulator of `model` when None.
-        model: One of the shipped models (with a synthetic profile), or the path of a profile.
+        model: A model (with a synthetic profile), or the path of a profile.
         scenario: A scenario, the path of one, or None for the shipped one.
         rate_rps: Simulator only: mean arrivals per second, a (low, high) range drawn at each
             reset, or None for the scenario's rate.
@@ -175,12 +175,9 @@ class OffloadingEnv(gymnasium.Env[F32, np.int64]):
 
 
 def _cost_model(model: str | Path, scenario: Scenario | str | Path | None) -> CostModel:
-    """The cost model of a profile file, or of a shipped model with a synthetic profile."""
+    """The cost model of a profile file, or of any model, with a synthetic profile."""
     if not isinstance(scenario, Scenario):
         scenario = Scenario.load(scenario)
     if Path(model).suffix == ".json":
         return CostModel(Profile.load(Path(model)), scenario)
-    # Imported here: knowing a model's units needs torch, which `import env` must not.
-    from executor.model import model_spec
-
-    return CostModel(synthetic_profile(model_spec(str(model)), scenario), scenario)
+    return CostModel(synthetic_model(str(model), scenario), scenario)

@@ -54,7 +54,7 @@ def measure_profile(client: Client, repeats: int) -> Profile:
     round_trips = min(repeats, _MAX_ROUND_TRIPS)
     hops = tuple(measure_hop(client, hop, round_trips) for hop in range(n_nodes - 1))
     plan = Plan(tuple(spec.n_units * (hop + 1) // n_nodes for hop in range(n_nodes - 1)))
-    x = sample_input(0)
+    x = sample_input(0, spec.input_shape)
     records = [client.submit(x, plan).result().record for _ in range(_OVERHEAD_REQUESTS)]
     statuses = client.status()
     nodes = []

@@ -126,7 +126,7 @@ class Client:
                     f"node {node.name} at {node.connect_host}:{node.connect_port} did not answer "
                     f"in {timeout_s:g} s; is it running, and reachable from the node before it?"
                 )
-        expected = {"model": self.cluster.model}
+        expected = {"model": self.cluster.model_name}
         expected |= {key: replies[0][key] for key in ("digest", "n_units")}
         for index, node in enumerate(nodes):
             problem = hello_problem(replies[index], {"name": node.name, **expected})
@@ -174,7 +174,7 @@ class Client:
         array = np.array(x if isinstance(x, np.ndarray) else x.detach().numpy(), order="C")
         if array.dtype != np.float32 or array.nbytes != first["input_bytes"]:
             raise RequestError(
-                f"{self.cluster.model} takes {first['input_bytes']} bytes of float32, got "
+                f"{self.cluster.model_name} takes {first['input_bytes']} bytes of float32, got "
                 f"{array.nbytes} bytes of {array.dtype}"
             )
         if timeout_s is not None and not timeout_s > 0:

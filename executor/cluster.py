@@ -42,6 +42,7 @@ from pathlib import Path
 from typing import Any
 
 from executor.errors import ConfigError
+from executor.modelref import absolute_model, model_label
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -150,11 +151,13 @@ class Cluster:
     """The chain of nodes and the model they run.
 
     Attributes:
-        model: Model name, one of `executor.model.MODELS`.
+        model: A torchvision classification model's name, or `FILE.py:FUNCTION`.
         weights: "none" (seeded), "DEFAULT" (torchvision's) or a path to a state dict.
         nodes: The chain, N >= 2 nodes in order.
         max_queue: Requests a node queues before it refuses.
         threads: Torch threads per node; None takes torch's own choice (the testbed uses 1).
+        backend: What computes, one of `executor.backends.BACKENDS` or "auto" (measured at start).
+            With "eager" everywhere, like machines give the same bits wherever the model is cut.
         keys_dir: Folder of CURVE certificates; None means plain TCP.
         direct: Links past nodes, at most one from each node.
         client: Name of the key that this machine's client uses.
@@ -166,16 +169,18 @@ class Cluster:
     nodes: tuple[NodeConfig, ...]
     max_queue: int = 64
     threads: int | None = None
+    backend: str = "eager"
     keys_dir: str | None = None
     direct: tuple[DirectLink, ...] = ()
     client: str = "client"
     peer_rate_rps: float = 2000.0
 
     def __post_init__(self) -> None:
-        for field in ("model", "weights"):
+        for field in ("model", "weights", "backend"):
             value = getattr(self, field)
             if not isinstance(value, str) or not value:
                 raise ConfigError(f"cluster: {field} must be a non-empty string, got {value!r}")
+        model_label(self.model)  # refuses a file without a function
         if len(self.nodes) < 2:
             raise ConfigError(f"cluster: a chain needs at least 2 nodes, got {len(self.nodes)}")
         names = [node.name for node in self.nodes]
@@ -223,6 +228,11 @@ class Cluster:
         k = self.index(node.name)
         before = self.nodes[k - 1].name if k else self.client
         return (before, *(link.source for link in self.direct if link.target == node.name))
+
+    @property
+    def model_name(self) -> str:
+        """What the model is called on every machine, wherever its file lies."""
+        return model_label(self.model)
 
     @property
     def n_nodes(self) -> int:
@@ -279,7 +289,7 @@ class Cluster:
         Args:
             text: The TOML.
             where: What to call it in errors.
-            base: Folder that a relative `keys_dir` or weights path is relative to.
+            base: Folder that a relative `keys_dir`, weights or model file is relative to.
 
         Raises:
             ConfigError: The text is no TOML, or a key is missing, unknown or has a bad value.
@@ -301,6 +311,8 @@ class Cluster:
         if base is not None:
             if isinstance(raw.get("keys_dir"), str):
                 raw["keys_dir"] = str((base / raw["keys_dir"]).absolute())
+            if isinstance(raw["model"], str):
+                raw["model"] = absolute_model(raw["model"], base)
             if isinstance(raw["weights"], str) and raw["weights"] not in ("none", "DEFAULT"):
                 raw["weights"] = str((base / raw["weights"]).absolute())
         try:
@@ -327,6 +339,8 @@ class Cluster:
         """The cluster as TOML text, which `from_toml` reads back equal."""
         lines = [f"model = {_quote(self.model)}", f"weights = {_quote(self.weights)}"]
         lines.append(f"max_queue = {self.max_queue}")
+        if self.backend != "eager":
+            lines.append(f"backend = {_quote(self.backend)}")
         if self.threads is not None:
             lines.append(f"threads = {self.threads}")
         if self.keys_dir is not None:

@@ -23,6 +23,7 @@ __all__ = [
     "RequestTimeout",
     "SplitpilotError",
     "WireError",
+    "one_line",
 ]
 
 
@@ -60,3 +61,9 @@ class RequestRefused(RequestError):
 
 class RequestTimeout(RequestError):
     """No answer arrived before the request's deadline."""
+
+
+def one_line(error: Exception) -> str:
+    """The error's message on one line, of readable length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:200] + "..."

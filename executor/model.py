@@ -1,36 +1,33 @@
-"""A torchvision model as a chain of units that can be cut between any two of them.
-
-Importing torchvision is left to the first call: it is slow, and a node that only relays or a
-solver that only needs sizes from a stored profile never pays for it.
-"""
+"""A network as a chain of units that can be cut between any two of them."""
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import importlib
 import logging
-import math
-import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from executor.errors import ConfigError
-from executor.plan import ModelSpec
+from executor._weights import digest_of, seed_weights, seeded_tensor, stored_state
+from executor.errors import ConfigError, one_line
+from executor.modelref import model_label
+from executor.networks import INPUT_SHAPE, Network, load_network, trained_state
+from executor.plan import ModelSpec, candidate_cuts
+from executor.tracing import head_start, trace_units
 
-__all__ = ["MODELS", "UnitChain", "build_chain", "model_spec", "sample_input"]
+__all__ = ["MODELS", "UnitChain", "UnitCost", "build_chain", "model_spec", "sample_input"]
+__all__ += ["unit_costs"]
 
+# Cut by hand, as the reference work (arXiv 2605.09623) cuts them; any other model is traced.
 MODELS: tuple[str, ...] = ("alexnet", "vgg16", "mobilenet_v2")
-INPUT_SHAPE = (1, 3, 224, 224)
-# The reference work's rough thirds (arXiv 2605.09623), as cuts.
+# The reference work's rough thirds, as cuts.
 STATIC_PLANS = {"alexnet": (10, 14), "vgg16": (11, 31), "mobilenet_v2": (10, 19)}
-CALIBRATION_IMAGES = 4
 
 _log = logging.getLogger(__name__)
-_op_schemas: list[Any] = []  # a torch Library's definitions die with the object
 
 
 class UnitChain:
@@ -39,22 +36,26 @@ class UnitChain:
     Attributes:
         spec: Names, cut sizes and the rest of what a plan needs.
         units: The n modules, in order; not to be changed.
-        digest: First 16 hex characters of the SHA-256 over names, dtypes, shapes and bytes of the
-            state dict; equal digests mean equal weights.
+        digest: First 16 hex characters of a SHA-256; equal digests mean equal weights.
         device: Where the weights are.
     """
 
-    def __init__(self, spec: ModelSpec, model: nn.Module, units: list[nn.Module]) -> None:
-        model.eval().requires_grad_(False)
+    def __init__(
+        self, spec: ModelSpec, units: list[nn.Module], writes_input: Sequence[bool], digest: str
+    ) -> None:
+        """Take the units as they are.
+
+        Args:
+            spec: What they are.
+            units: n modules in inference mode, weights in place.
+            writes_input: Per unit, whether it overwrites its input.
+            digest: Of the weights.
+        """
         self.spec = spec
         self.units = units
-        self.digest = _digest(model.state_dict())
+        self.digest = digest
         self.device = torch.device("cpu")
-        # A unit with parameters writes its result to a new tensor before anything in-place.
-        self._writes_input = [
-            not has_params and any(getattr(m, "inplace", False) for m in unit.modules())
-            for unit, has_params in zip(units, spec.has_params, strict=True)
-        ]
+        self._writes_input = tuple(writes_input)
 
     def run(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Run units [start, stop) on x.
@@ -65,8 +66,8 @@ class UnitChain:
             stop: One past the last unit, start..n.
 
         Returns:
-            The activation at cut `stop`. It shares no memory with x, unless start == stop: then it
-            is x.
+            The activation at cut `stop`, contiguous: what crosses a cut is the same bytes whether
+            or not it is cut there. It shares no memory with x, unless start == stop: then it is x.
 
         Raises:
             ConfigError: Not 0 <= start <= stop <= n.
@@ -75,16 +76,41 @@ class UnitChain:
             raise ConfigError(
                 f"{self.spec.name} has units 0..{len(self.units)}, got [{start}, {stop})"
             )
-        y = x
+        y = self._enter(x) if start < stop else x
         with torch.inference_mode():
-            for k in range(start, stop):
+            for k, unit in self._schedule(start, stop):
                 if self._writes_input[k] and _share_memory(x, y):
                     y = y.clone()
-                y = self.units[k](y)
+                y = self._between(unit(y))
+            if start < stop:
+                y = self._leave(y)
             # Dropout and flatten hand their input through.
             if start < stop and _share_memory(x, y):
                 y = y.clone()
         return y
+
+    def _schedule(self, start: int, stop: int) -> Iterable[tuple[int, nn.Module]]:
+        """What to call for units [start, stop): first unit of each call, and the module."""
+        return zip(range(start, stop), self.units[start:stop], strict=True)
+
+    def _enter(self, x: torch.Tensor) -> torch.Tensor:
+        """The form in which the first unit takes the stage's input."""
+        return x
+
+    def _between(self, y: torch.Tensor) -> torch.Tensor:
+        """The form in which the next unit takes a unit's output: what a cut would make of it."""
+        return y.contiguous()
+
+    def _leave(self, y: torch.Tensor) -> torch.Tensor:
+        """The form in which the stage's output leaves: contiguous."""
+        return y
+
+    @classmethod
+    def like(cls, chain: UnitChain, units: list[nn.Module]) -> UnitChain:
+        """A chain of other modules that compute what `chain`'s units compute."""
+        made = cls(chain.spec, units, chain._writes_input, chain.digest)
+        made.device = chain.device
+        return made
 
     def to(self, device: str | torch.device) -> UnitChain:
         """Move the weights to `device`; returns the chain itself.
@@ -99,195 +125,193 @@ class UnitChain:
         return self
 
 
+@dataclass(frozen=True)
+class UnitCost:
+    """What running a unit once takes, from shapes alone.
+
+    Attributes:
+        flops: Floating-point operations of its convolutions and matrix products.
+        param_bytes: Bytes of its parameters.
+        io_bytes: Bytes of its input and output.
+    """
+
+    flops: int
+    param_bytes: int
+    io_bytes: int
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """All that is known of a model without its weights."""
+
+    spec: ModelSpec
+    costs: tuple[UnitCost, ...]
+    writes_input: tuple[bool, ...]
+    cut: _Cut
+
+
+class _Cut:
+    """How a network falls into units: by hand, or traced."""
+
+    def __init__(self, network: Network, model: str) -> None:
+        self._by_hand = model in MODELS
+        if self._by_hand:
+            names = list(_units_by_hand(network.module))
+            self.head_start = names.index("pool" if "pool" in names else "classifier.0")
+            return
+        self._traced = trace_units(network.module, network.input_shape, model_label(model))
+        self.head_start = head_start(self._traced)
+
+    def units(self, net: nn.Module) -> dict[str, nn.Module]:
+        """The units of `net`, which has the traced network's structure; weights are shared."""
+        if self._by_hand:
+            return _units_by_hand(net)
+        return {unit.name: fx.GraphModule(net, unit.graph) for unit in self._traced}
+
+
 def build_chain(model: str, weights: str = "none", seed: int = 0, device: str = "cpu") -> UnitChain:
     """Build a model with its weights.
 
     Args:
-        model: One of `MODELS`.
+        model: A torchvision classification model's name, or `FILE.py:FUNCTION` (which is run).
         weights: "none" for seeded weights (the same on every machine, and different inputs give
-            clearly different outputs), "DEFAULT" for torchvision's trained weights (downloaded
-            once, then cached), or the path of a state dict saved with `torch.save`.
+            clearly different outputs); "DEFAULT" for torchvision's trained weights (downloaded
+            once, then cached), or those that FUNCTION made; or the path of a state dict saved with
+            `torch.save`.
         seed: Chooses the weights when `weights` is "none"; otherwise unused.
         device: A torch device, e.g. "cpu" or "cuda:0".
 
     Raises:
-        ConfigError: Unknown model, weights that cannot be read or belong to another model, or a
-            device this machine lacks.
+        ConfigError: Unknown model or one that cannot be cut, weights that cannot be read or belong
+            to another model, or a device this machine lacks.
     """
     target = _usable_device(device)
-    spec = model_spec(model)
-    net, units, _ = _architecture(model)
+    survey = _survey(model)
+    network = load_network(model)
+    net = network.module
+    # Tracing may leave constants of the user's code in the network, so this one is traced too.
+    cut = _Cut(network, model) if network.source else survey.cut
     if weights == "none":
-        net.to_empty(device="cpu")
-        _seed_weights(net, seed)
-    else:
-        state = _trained_state(model) if weights == "DEFAULT" else _stored_state(weights)
-        try:
-            net.load_state_dict(state, assign=True)
-        except (RuntimeError, TypeError, AttributeError) as error:
-            raise ConfigError(f"weights {weights!r} do not fit {model}: {_line(error)}") from error
-        net.float()
-    chain = UnitChain(spec, net, list(units.values())).to(target)
-    _log.info("%s: %d units, weights %s (%s)", model, spec.n_units, weights, chain.digest)
+        if network.on_meta:
+            net.to_empty(device="cpu")
+        _seed(net, network.input_shape, seed, model)
+    elif weights != "DEFAULT" or not network.source:
+        _load(net, trained_state(model) if weights == "DEFAULT" else stored_state(weights), weights,
+              model_label(model))  # fmt: skip
+    net.eval().requires_grad_(False)
+    digest = digest_of(net, network.source)
+    spec = survey.spec
+    chain = UnitChain(spec, list(cut.units(net).values()), survey.writes_input, digest).to(target)
+    _log.info("%s: %d units, weights %s (%s)", spec.name, spec.n_units, weights, digest)
     return chain
 
 
-@functools.cache
 def model_spec(model: str) -> ModelSpec:
     """Units and cut sizes of a model, from shapes alone: no weights are made, nothing is computed.
 
+    Only a user's own model is made and run once.
+
     Raises:
-        ConfigError: Unknown model.
+        ConfigError: Unknown model, or one that cannot be cut.
     """
-    net, units, head_start = _architecture(model)
-    net.eval()
-    y = torch.empty(INPUT_SHAPE, device="meta")
-    cut_bytes = [y.nbytes]
-    with torch.inference_mode():
-        for unit in units.values():
-            y = unit(y)
-            cut_bytes.append(y.nbytes)
-    return ModelSpec(
-        name=model,
-        unit_names=tuple(units),
-        cut_bytes=tuple(cut_bytes),
-        has_params=tuple(any(True for _ in unit.parameters()) for unit in units.values()),
-        head_start=head_start,
-        static_plan=STATIC_PLANS[model],
-    )
+    return _survey(model).spec
 
 
-def sample_input(seed: int) -> torch.Tensor:
-    """A seeded random image: 1 x 3 x 224 x 224 float32, zero mean, unit variance.
+def unit_costs(model: str) -> tuple[UnitCost, ...]:
+    """Per unit, what running it takes.
 
-    The same seed gives the same bytes on every machine.
+    Raises:
+        ConfigError: As `model_spec`.
     """
-    return _uniform_(torch.empty(INPUT_SHAPE), math.sqrt(3.0), _generator(seed))
+    return _survey(model).costs
 
 
-def _architecture(model: str) -> tuple[nn.Module, dict[str, nn.Module], int]:
-    """The model without memory for its weights, its units by name, and where the head starts."""
-    if model not in MODELS:
-        raise ConfigError(f"unknown model {model!r}; expected one of {', '.join(MODELS)}")
-    models = _torchvision_models()
-    with torch.device("meta"):
-        net: Any = getattr(models, model)(weights=None)
-    units: dict[str, nn.Module] = {f"features.{i}": m for i, m in enumerate(net.features)}
-    if model == "mobilenet_v2":
-        units["pool"] = nn.Sequential(nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten(1))
-        units["classifier"] = net.classifier
-        return net, units, len(units) - 2
-    units["avgpool"] = net.avgpool
-    head_start = len(units)
-    # The flatten before the head only changes the shape, so it is no unit of its own.
-    units["classifier.0"] = nn.Sequential(nn.Flatten(1), net.classifier[0])
-    units |= {f"classifier.{i}": m for i, m in enumerate(net.classifier) if i > 0}
-    return net, units, head_start
+def sample_input(seed: int, shape: tuple[int, ...] = INPUT_SHAPE) -> torch.Tensor:
+    """A seeded random image (or other input): float32, zero mean, unit variance.
+
+    The same seed and shape give the same bytes on every machine.
+    """
+    return seeded_tensor(shape, seed)
 
 
 @functools.cache
-def _torchvision_models() -> Any:
-    """torchvision.models, also where torchvision's compiled operators do not match torch.
+def _survey(model: str) -> _Survey:
+    network = load_network(model)
+    if not network.source:
+        network.module.to("meta")
+    cut = _Cut(network, model)
+    units = cut.units(network.module)
+    parameters = next(network.module.parameters(), None)
+    y = torch.zeros(network.input_shape, device=None if parameters is None else parameters.device)
+    cut_bytes = [y.nbytes]
+    costs, writes_input = [], []
+    for unit in units.values():
+        version, entered = y._version, y
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            y = unit(y)
+        writes_input.append(entered._version != version)
+        cut_bytes.append(y.nbytes)
+        param_bytes = sum(p.nbytes for p in unit.parameters())
+        costs.append(UnitCost(counter.get_total_flops(), param_bytes, sum(cut_bytes[-2:])))
+    spec = ModelSpec(
+        name=model_label(model),
+        unit_names=tuple(units),
+        cut_bytes=tuple(cut_bytes),
+        has_params=tuple(cost.param_bytes > 0 for cost in costs),
+        head_start=cut.head_start,
+        static_plan=STATIC_PLANS.get(model, (1, 1)),
+        input_shape=network.input_shape,
+    )
+    if model not in STATIC_PLANS:
+        spec = replace(spec, static_plan=_thirds(spec))
+    return _Survey(spec, tuple(costs), tuple(writes_input), cut)
 
-    Such an install (a CUDA build of torchvision beside a CPU build of torch) refuses to import for
-    want of the schemas of two operators that no model here uses. Declaring them is enough.
+
+def _thirds(spec: ModelSpec) -> tuple[int, int]:
+    """Rough thirds as the reference work's: half the units before the head, the rest, the head.
+
+    The first cut is the candidate nearest to the half, so that it carries no more than the input.
     """
+    last = spec.head_start
+    within = [k for k in candidate_cuts(spec) if 0 < k < last] or [min(1, last)]
+    return min(within, key=lambda k: abs(2 * k - last)), last
+
+
+def _units_by_hand(net: nn.Module) -> dict[str, nn.Module]:
+    """The units of a model in `MODELS`."""
+    layers: Any = net  # its attributes are torchvision's
+    units: dict[str, nn.Module] = {f"features.{i}": m for i, m in enumerate(layers.features)}
+    if not hasattr(layers, "avgpool"):
+        units["pool"] = nn.Sequential(nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten(1))
+        units["classifier"] = layers.classifier
+        return units
+    units["avgpool"] = layers.avgpool
+    # The flatten before the head only changes the shape, so it is no unit of its own.
+    units["classifier.0"] = nn.Sequential(nn.Flatten(1), layers.classifier[0])
+    units |= {f"classifier.{i}": m for i, m in enumerate(layers.classifier) if i > 0}
+    return units
+
+
+def _seed(net: nn.Module, input_shape: tuple[int, ...], seed: int, model: str) -> None:
     try:
-        return importlib.import_module("torchvision.models")
-    except RuntimeError as error:
-        if "operator torchvision::" not in str(error):
-            raise
-        _log.info("torchvision's compiled operators are missing; declaring their schemas")
-    for name in [m for m in sys.modules if m.partition(".")[0] == "torchvision"]:
-        del sys.modules[name]
-    make_library: Any = torch.library.Library  # untyped in some versions of torch
-    library = make_library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, name):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _op_schemas.append(library)
-    return importlib.import_module("torchvision.models")
+        # float64 is slow on large networks; the three by hand keep what they always had.
+        seed_weights(net, input_shape, seed, images=4 if model in MODELS else 2)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"model {model_label(model)}: statistics cannot be taken in float64: "
+            f'{one_line(error)}; use weights = "DEFAULT" or a file'
+        ) from error
 
 
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def _uniform_(tensor: torch.Tensor, bound: float, generator: torch.Generator) -> torch.Tensor:
-    """Fill with values uniform in (-bound, bound), bit for bit the same on every machine.
-
-    torch's own distributions differ in the last bit between processors, which would give nodes of
-    different kinds different digests. Here only the last operation rounds.
-    """
-    tensor.random_(0, 2**24, generator=generator)
-    return tensor.sub_(2**23 - 0.5).mul_(bound / 2**23)
-
-
-@torch.no_grad()
-def _seed_weights(net: nn.Module, seed: int) -> None:
-    """Kaiming weights, and batch-norm statistics of seeded images.
-
-    With torchvision's own initialisation MobileNetV2's logits differ by 1e-10 between inputs, so a
-    reply to another request, or zeros, would pass for the right one.
-    """
-    generator = _generator(seed)
-    norms = []
-    for module in net.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            _uniform_(module.weight, math.sqrt(6.0 / module.weight[0].numel()), generator)
-            if module.bias is not None:
-                module.bias.zero_()
-        elif isinstance(module, nn.BatchNorm2d):
-            module.reset_parameters()
-            norms.append(module)
-    if not norms:
-        return
-    # In float64 and then rounded to 8 bits, the statistics too are the same on every machine.
-    hooks = [norm.register_forward_pre_hook(_take_statistics) for norm in norms]
-    images = torch.empty((CALIBRATION_IMAGES, *INPUT_SHAPE[1:]))
-    net.eval().double()(_uniform_(images, math.sqrt(3.0), generator).double())
-    for hook in hooks:
-        hook.remove()
+def _load(net: nn.Module, state: Mapping[str, Any], weights: str, label: str) -> None:
+    own = net.state_dict().keys()
+    # GoogLeNet's and Inception's auxiliary heads only matter to training.
+    state = {k: v for k, v in state.items() if k in own or not str(k).lower().startswith("aux")}
+    try:
+        net.load_state_dict(state, assign=True)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ConfigError(f"weights {weights!r} do not fit {label}: {one_line(error)}") from error
     net.float()
-
-
-def _take_statistics(norm: nn.Module, args: tuple[torch.Tensor]) -> None:
-    assert isinstance(norm, nn.BatchNorm2d)
-    var, mean = torch.var_mean(args[0], dim=(0, 2, 3), correction=0)
-    norm.running_mean, norm.running_var = (s.bfloat16().double() for s in (mean, var))
-
-
-def _trained_state(model: str) -> Mapping[str, Any]:
-    try:
-        weights = _torchvision_models().get_model_weights(model).DEFAULT
-        state: Mapping[str, Any] = weights.get_state_dict(progress=False, check_hash=True)
-    except (OSError, RuntimeError) as error:
-        raise ConfigError(
-            f"cannot download torchvision's weights of {model}: {_line(error)}; use the path of a "
-            'state dict, or weights = "none"'
-        ) from error
-    return state
-
-
-def _stored_state(path: str) -> Mapping[str, Any]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a file of another kind makes torch.load raise is open-ended
-        raise ConfigError(
-            f'weights: expected "none", "DEFAULT" or the path of a state dict, cannot read '
-            f"{path!r}: {_line(error)}"
-        ) from error
-    if not isinstance(state, Mapping):
-        raise ConfigError(f"weights {path!r}: expected a state dict, got {type(state).__name__}")
-    return state
-
-
-def _digest(state: Mapping[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in state.items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
 
 
 def _usable_device(device: str | torch.device) -> torch.device:
@@ -295,15 +319,11 @@ def _usable_device(device: str | torch.device) -> torch.device:
         target = torch.device(device)
         torch.empty(1, device=target)
     except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
-        raise ConfigError(f"device {str(device)!r} cannot be used here: {_line(error)}") from error
+        raise ConfigError(
+            f"device {str(device)!r} cannot be used here: {one_line(error)}"
+        ) from error
     return target
 
 
 def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-
-
-def _line(error: Exception) -> str:
-    """The error's message on one line, of readable length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:200] + "..."

@@ -42,11 +42,12 @@ from executor._sockets import (
 )
 from executor._watched import WatchedCore
 from executor.arguments import Parser
+from executor.backends import build_backend
 from executor.cluster import Cluster, NodeConfig
 from executor.energy import best_meter
 from executor.errors import ConfigError
 from executor.logs import add_log_arguments, configure_logging
-from executor.model import build_chain, sample_input
+from executor.model import sample_input
 from executor.pacing import LoadTrace, Pacer
 
 __all__ = ["Node", "main"]
@@ -93,6 +94,7 @@ class Node:
         role: str,
         *,
         torch_device: str | None = None,
+        backend: str | None = None,
         ratio: float | None = None,
         insecure: bool = False,
     ) -> None:
@@ -102,6 +104,7 @@ class Node:
             cluster: The chain.
             role: This node's name in it.
             torch_device: Overrides the cluster's device for this node.
+            backend: Overrides the cluster's backend for this node.
             ratio: Emulated slowness, see `executor.pacing.Pacer`; None runs at full speed.
             insecure: Allow listening off loopback without keys.
 
@@ -138,17 +141,21 @@ class Node:
             direct = cluster.direct_target(index)
             for target in (*following, *([direct] if direct else [])):
                 self._dialled.append(_Dialled(self._ctx, cluster, target, role))
-            chain = build_chain(cluster.model, cluster.weights, device=device)
+            chain, backend = build_backend(
+                backend or cluster.backend, cluster.model, cluster.weights, device=device
+            )
             # The first pass builds kernels; no request should pay for that.
-            chain.run(sample_input(0).to(chain.device), 0, chain.spec.n_units)
+            x = sample_input(0, chain.spec.input_shape).to(chain.device)
+            chain.run(x, 0, chain.spec.n_units)
             hello = {
                 "name": role,
-                "model": cluster.model,
+                "model": chain.spec.name,
                 "digest": chain.digest,
                 "n_units": chain.spec.n_units,
                 "input_bytes": chain.spec.cut_bytes[0],
                 "device": config.device,
                 "torch_device": device,
+                "backend": backend,
                 "torch": torch.__version__,
                 "machine": platform.machine(),
                 "ratio": ratio,
@@ -379,6 +386,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 cluster,
                 args.role,
                 torch_device=args.device,
+                backend=args.backend,
                 ratio=args.ratio,
                 insecure=args.insecure,
             )
@@ -407,6 +415,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--role", required=True, help="this node's name in the cluster file")
     parser.add_argument("--cluster", required=True, type=Path, help="cluster.toml")
     parser.add_argument("--device", help="torch device; overrides the cluster file")
+    parser.add_argument("--backend", help="auto, eager, tuned or onnx; overrides the cluster file")
     parser.add_argument("--threads", type=int, help="torch threads; overrides the cluster file")
     parser.add_argument("--insecure", action="store_true", help="allow plain TCP off loopback")
     parser.add_argument("--ratio", type=float, help="emulate a node this many times slower")

@@ -25,6 +25,8 @@ __all__ = [
     "plan_mask",
 ]
 
+INPUT_SLACK = 1.05
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -38,6 +40,7 @@ class ModelSpec:
         head_start: Index of the first unit of the classifier head (constrained plans run it on the
             last node).
         static_plan: The reference work's rough thirds (arXiv 2605.09623, tables), for three nodes.
+        input_shape: Shape of the input, float32.
     """
 
     name: str
@@ -46,6 +49,7 @@ class ModelSpec:
     has_params: tuple[bool, ...]
     head_start: int
     static_plan: tuple[int, int]
+    input_shape: tuple[int, ...] = (1, 3, 224, 224)
 
     def __post_init__(self) -> None:
         n = len(self.unit_names)
@@ -108,7 +112,8 @@ class Plan:
 def candidate_cuts(spec: ModelSpec) -> tuple[int, ...]:
     """Cuts worth offering, from `cut_bytes` alone (timings would change the action space).
 
-    A cut is dropped where it carries more than the input, or where a neighbour reached without
+    A cut is dropped where it carries more than the input (by more than 5 %: a vision transformer's
+    extra token adds 0.5 % and should not leave it uncut), or where a neighbour reached without
     passing parametrised work carries no more bytes (of equals the last one stays: the
     parameterless work before it is cheap where the parametrised work ran; but none past the head's
     start, where a constrained plan may not cut). Cuts 0 and n stay.
@@ -119,7 +124,7 @@ def candidate_cuts(spec: ModelSpec) -> tuple[int, ...]:
         if k in (0, n):
             kept.append(k)
             continue
-        if spec.cut_bytes[k] > spec.cut_bytes[0]:
+        if spec.cut_bytes[k] > INPUT_SLACK * spec.cut_bytes[0]:
             continue
         lo = k
         while lo > 0 and not spec.has_params[lo - 1]:

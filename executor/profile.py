@@ -143,6 +143,7 @@ class Profile:
                     has_params=tuple(map(bool, spec["has_params"])),
                     head_start=int(spec["head_start"]),
                     static_plan=(int(spec["static_plan"][0]), int(spec["static_plan"][1])),
+                    input_shape=tuple(map(int, spec.get("input_shape", (1, 3, 224, 224)))),
                 ),
                 nodes=tuple(
                     NodeProfile(

@@ -41,7 +41,7 @@ def profile_units(chain: UnitChain, run: Run, repeats: int = 10, warmup: int = 3
     if repeats < 1 or warmup < 0:
         raise ConfigError(f"profiling needs repeats >= 1 and warmup >= 0, got {repeats}, {warmup}")
     n = chain.spec.n_units
-    x = sample_input(0).to(chain.device)
+    x = sample_input(0, chain.spec.input_shape).to(chain.device)
     for _ in range(warmup):
         run(_stage(chain, x, 0, n))
     whole_s: list[float] = []

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from executor.child import Child
 from executor.cluster import Cluster, DirectLink, NodeConfig
 from executor.errors import ConfigError, HandshakeError
+from executor.modelref import absolute_model
 from executor.pacing import LoadTrace, Pacer
 from executor.shaping import DelayTrace, RateTrace, check_delay
 
@@ -237,7 +238,7 @@ class Testbed:
         """Start the processes and wait until every node serves.
 
         Args:
-            model: Model name.
+            model: A torchvision classification model's name, or `FILE.py:FUNCTION`.
             weights: "none" (seeded), "DEFAULT", or a path (relative to the working directory).
             nodes: The chain, N >= 2 nodes.
             hops: The N - 1 hops between them.
@@ -258,6 +259,7 @@ class Testbed:
             )
         if weights not in ("none", "DEFAULT"):
             weights = str(Path(weights).absolute())
+        model = absolute_model(model)
         self._stack = ExitStack()
         self._children: list[Child] = []
         self._stopped: set[int] = set()

@@ -1,0 +1,200 @@
+"""Where networks come from: torchvision's classification models, and files of the user's own.
+
+Importing torchvision is left to the first call: it is slow, and a node that only relays or a
+solver that only needs sizes from a stored profile never pays for it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import importlib.util
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from executor.errors import ConfigError, one_line
+from executor.modelref import absolute_model, file_reference
+
+__all__ = [
+    "INPUT_SHAPE",
+    "Network",
+    "check_model",
+    "load_network",
+    "network_names",
+    "trained_state",
+]
+
+INPUT_SHAPE = (1, 3, 224, 224)
+_INPUT_SHAPES = {"inception_v3": (1, 3, 299, 299)}
+# Off training, auxiliary heads never run. With `transform_input` trained weights get the input
+# scale they were trained with.
+_WITHOUT_AUX = {"aux_logits": False, "transform_input": True, "init_weights": False}
+_ARGUMENTS: dict[str, dict[str, Any]] = {"googlenet": _WITHOUT_AUX, "inception_v3": _WITHOUT_AUX}
+# What a batch norm keeps beside parameters; any other buffer is a table made by the constructor.
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+_log = logging.getLogger(__name__)
+_op_schemas: list[Any] = []  # a torch Library's definitions die with the object
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model before it is cut.
+
+    Attributes:
+        module: The module, in inference mode. Its parameters are on the meta device (shapes
+            without memory) where the constructor allows that, else on the CPU.
+        input_shape: Shape of its one float32 input.
+        source: The bytes of the user's file it comes from; empty for torchvision's.
+    """
+
+    module: nn.Module
+    input_shape: tuple[int, ...]
+    source: bytes = b""
+
+    @property
+    def on_meta(self) -> bool:
+        """Whether its parameters have no memory yet."""
+        return any(p.is_meta for p in self.module.parameters())
+
+
+def load_network(model: str) -> Network:
+    """Make a network.
+
+    Args:
+        model: A torchvision classification model's name, or `FILE.py:FUNCTION`. That file is run:
+            pass only what the user named on this machine.
+
+    Raises:
+        ConfigError: Unknown name (close ones are listed), or the file makes no module.
+    """
+    check_model(model)
+    reference = file_reference(model)
+    if reference is not None:
+        return _own_network(*reference)
+    models = torchvision_models()
+    make = functools.partial(models.get_model, model, weights=None, **_ARGUMENTS.get(model, {}))
+    try:
+        with torch.device("meta"):
+            module: nn.Module = make()
+        made_tables = any(not name.endswith(_STATISTICS) for name, _ in module.named_buffers())
+    except NotImplementedError:  # RegNet computes its widths with tensors
+        made_tables = True
+    if made_tables:
+        module = make()
+    return Network(module.eval(), _INPUT_SHAPES.get(model, INPUT_SHAPE))
+
+
+def check_model(model: str) -> str:
+    """The model itself, its file's path absolute; nothing is made or run.
+
+    Raises:
+        ConfigError: Unknown name (close ones are listed), or no such file.
+    """
+    reference = file_reference(model)
+    if reference is not None:
+        if not reference[0].is_file():
+            raise ConfigError(f"model {model!r}: there is no file {reference[0]}")
+        return absolute_model(model)
+    if model not in network_names():
+        close = difflib.get_close_matches(model, network_names(), n=4, cutoff=0.5)
+        hint = f"; close: {', '.join(close)}" if close else ""
+        raise ConfigError(
+            f"unknown model {model!r}; expected a torchvision classification model or "
+            f"FILE.py:FUNCTION{hint}"
+        )
+    return model
+
+
+@functools.cache
+def network_names() -> tuple[str, ...]:
+    """Names of torchvision's classification models."""
+    models = torchvision_models()
+    return tuple(models.list_models(module=models))
+
+
+def trained_state(model: str) -> dict[str, torch.Tensor]:
+    """The weights torchvision trained for a model, downloaded once and cached by torch.
+
+    Raises:
+        ConfigError: They cannot be downloaded.
+    """
+    try:
+        weights = torchvision_models().get_model_weights(model).DEFAULT
+        state: dict[str, torch.Tensor] = weights.get_state_dict(progress=False, check_hash=True)
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(
+            f"cannot download torchvision's weights of {model}: {one_line(error)}; use the path "
+            'of a state dict, or weights = "none"'
+        ) from error
+    return state
+
+
+def _own_network(path: Path, function: str) -> Network:
+    """Run the user's file and call the function in it."""
+    try:
+        source = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read model file {path}: {one_line(error)}") from error
+    where = f"model file {path}"
+    name = f"splitpilot_model_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None  # a .py file has a loader
+    file: Any = importlib.util.module_from_spec(spec)
+    sys.modules[name] = file  # where a dataclass or a pickle in it looks
+    try:
+        spec.loader.exec_module(file)
+        make = getattr(file, function, None)
+        if not callable(make):
+            raise ConfigError(f"{where}: it has no function or class {function!r}")
+        module = make()
+    except ConfigError:
+        raise
+    except Exception as error:  # the user's code may raise anything
+        raise ConfigError(f"{where}: {type(error).__name__}: {one_line(error)}") from error
+    if not isinstance(module, nn.Module):
+        raise ConfigError(
+            f"{where}: {function}() must return a torch.nn.Module, got {type(module).__name__}"
+        )
+    shape = getattr(file, "INPUT_SHAPE", INPUT_SHAPE)
+    if (
+        not isinstance(shape, tuple | list)
+        or not 2 <= len(shape) <= 8
+        or not all(isinstance(size, int) and size > 0 for size in shape)
+    ):
+        raise ConfigError(
+            f"{where}: INPUT_SHAPE must be 2 to 8 positive sizes such as (1, 3, 224, 224), got "
+            f"{shape!r}"
+        )
+    return Network(module.float().eval(), tuple(shape), source)
+
+
+@functools.cache
+def torchvision_models() -> Any:
+    """torchvision.models, also where torchvision's compiled operators do not match torch.
+
+    Such an install (a CUDA build of torchvision beside a CPU build of torch) refuses to import for
+    want of the schemas of two operators that no model here uses. Declaring them is enough.
+    """
+    try:
+        return importlib.import_module("torchvision.models")
+    except RuntimeError as error:
+        if "operator torchvision::" not in str(error):
+            raise
+        _log.info("torchvision's compiled operators are missing; declaring their schemas")
+    for name in [m for m in sys.modules if m.partition(".")[0] == "torchvision"]:
+        del sys.modules[name]
+    make_library: Any = torch.library.Library  # untyped in some versions of torch
+    library = make_library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _op_schemas.append(library)
+    return importlib.import_module("torchvision.models")
