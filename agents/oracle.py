@@ -58,8 +58,8 @@ class OracleSettings:
         least_gain: It ends when a pass gains a smaller share of the cost.
     """
 
-    width: int = 16
-    penalties: tuple[float, ...] = (0.0, 0.5, 2.0)
+    width: int = 48
+    penalties: tuple[float, ...] = (0.0, 1.0, 4.0)
     finalists: int = 4
     promising: int = 12
     holds: tuple[int, ...] = (1, 2, 4)
