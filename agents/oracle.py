@@ -37,6 +37,7 @@ __all__ = ["Oracle", "OracleSettings", "PlanSequence", "search"]
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 
+PROMISING_INTERVALS = 4  # over which a plan is judged before it is tried at length
 EQUAL = 1e-9  # costs this close (relative to the larger of 1 and them) are the same branch
 
 
@@ -60,10 +61,10 @@ class OracleSettings:
 
     width: int = 48
     penalties: tuple[float, ...] = (0.0, 1.0, 4.0)
-    finalists: int = 4
-    promising: int = 12
+    finalists: int = 3
+    promising: int = 48
     holds: tuple[int, ...] = (1, 2, 4)
-    lookahead: int = 8
+    lookahead: int = 6
     sweeps: int = 4
     least_gain: float = 1e-3
 
@@ -326,7 +327,7 @@ class _Search:
         """
         settings = self._settings
         ahead = min(settings.lookahead, self._length - t)
-        plans = self._promising(snapshot, owner, t)
+        plans = self._promising(snapshot, cuts, owner, t)
         few = plans.shape[1]
         moves = 1 + len(settings.holds) * (few + len(donors))
         tried = np.repeat(cuts[t : t + ahead, :, None], moves, axis=2)
@@ -338,12 +339,15 @@ class _Search:
             tried[: 2 * hold, :, first + few : first + few + len(donors)] = given[: 2 * hold]
         return tried
 
-    def _promising(self, snapshot: Snapshot, owner: I64, t: int) -> I64:
-        """The plans [n, few, H] that cost least when held over t and t + 1, for each branch."""
+    def _promising(self, snapshot: Snapshot, cuts: I64, owner: I64, t: int) -> I64:
+        """The plans [n, few, H] that cost least when held for two intervals, for each branch."""
         actions, n = self._actions, len(owner)
-        few = min(self._settings.promising, len(actions))
+        few = self._settings.promising
+        if few >= len(actions):
+            return np.broadcast_to(actions, (n, *actions.shape))
         parent = np.repeat(np.arange(n), len(actions))
-        held = [np.tile(actions, (n, 1))] * min(2, self._length - t)
-        spent, rest = self._branches.spend(snapshot, parent, owner[parent], t, held)
+        held, later = np.tile(actions, (n, 1)), cuts[t + 2 : t + PROMISING_INTERVALS]
+        plans = [held, held, *(c[parent] for c in later)][: self._length - t]
+        spent, rest = self._branches.spend(snapshot, parent, owner[parent], t, plans)
         total = (spent + rest).reshape(n, -1)
         return actions[np.argpartition(total, few - 1, axis=1)[:, :few]]
