@@ -33,12 +33,10 @@ from agents.controllers import ARMS, ArmContext, Controller, Decision, make_arm
 from agents.oracle import PlanSequence, search
 from agents.report import TABLE_WIDTH, plot, table
 from agents.runtime import Checkpoint
-from env.conditions import Conditions
 from env.live import LiveSystem
 from env.predict import CostModel
 from env.scenario import Scenario
 from env.simulator import Simulator
-from env.tape import record_conditions
 from executor.errors import ConfigError
 from executor.profile import Profile, write_atomic
 
@@ -300,11 +298,11 @@ class _Part:
 
     def _foresight(self) -> PlanSequence:
         """The cheapest sequence of plans on the conditions of the comparison."""
-        rate = np.full(self.args.seeds, self.model.rate_rps())
-        conditions = Conditions(self.model.scenario, rate, self.args.first_seed)
+        simulator = self._simulator(self.args.seeds)
+        simulator.reset(self.args.first_seed)
         return search(
             self.model,
-            record_conditions(conditions, self.startup + self.n_intervals),
+            simulator.record(self.startup + self.n_intervals),
             startup=self.startup,
             incumbents=self._played,
         )
