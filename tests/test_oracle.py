@@ -112,7 +112,7 @@ def test_an_incumbent_that_cannot_be_improved_is_kept():
 
 
 def test_twice_the_width_changes_its_cost_by_less_than_one_percent(loaded):
-    tape = tape_of(loaded, 6, 16)
+    tape = tape_of(loaded, 3, 8)
     settings = OracleSettings()
     twice = replace(
         settings, width=2 * settings.width, finalists=2 * settings.finalists,
