@@ -46,7 +46,7 @@ class LinUCB:
         name: The arm's name.
     """
 
-    def __init__(self, alpha: float = 0.1, ridge: float = 10.0, name: str = "linucb") -> None:
+    def __init__(self, alpha: float = 0.1, ridge: float = 30.0, name: str = "linucb") -> None:
         self.alpha, self.ridge, self.name = alpha, ridge, name
 
     def reset(self, model: CostModel, batch: int) -> None:
