@@ -13,9 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from agents.cli import CHECKPOINTS, Parser, model_argument, positive_int, run_command
+from agents.hindsight import HindsightSettings
 from agents.pipeline import Pipeline
 from agents.training import TrainingSettings
 from env.scenario import Scenario
+from executor.logs import add_log_arguments, configure_logging
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,7 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", type=model_argument, default="alexnet")
     parser.add_argument("--scenario", type=Path, help="scenario file (default: the shipped one)")
     parser.add_argument("--cluster", type=Path, help="train on these nodes, not on the testbed")
-    parser.add_argument("--steps", type=positive_int, help="simulator steps (default: 600,000)")
+    parser.add_argument("--rounds", type=int, default=20, help="rounds of hindsight before PPO")
+    parser.add_argument("--steps", type=positive_int, help="steps of PPO (default: 600,000)")
     parser.add_argument("--online-steps", type=int, default=40, help="intervals on the nodes")
     parser.add_argument(
         "--live-intervals", type=positive_int, default=15, help="per arm of the closing table"
@@ -34,10 +37,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="TensorBoard's folder")
     parser.add_argument("--weights", default="none", help="none, DEFAULT or a file (testbed only)")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted training")
+    add_log_arguments(parser)
     args = parser.parse_args(argv)
-    if args.online_steps < 0:
-        parser.error(f"--online-steps: expected 0 or more, got {args.online_steps}")
-    training = TrainingSettings(seed=args.seed)
+    configure_logging(args)
+    for name in ("rounds", "online_steps"):
+        if getattr(args, name) < 0:
+            flag = name.replace("_", "-")
+            parser.error(f"--{flag}: expected 0 or more, got {getattr(args, name)}")
+    training = TrainingSettings(seed=args.seed, hindsight=HindsightSettings(rounds=args.rounds))
     if args.steps:
         training = replace(training, steps=args.steps)
     pipeline = Pipeline(

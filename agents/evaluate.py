@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -37,7 +36,9 @@ from env.live import LiveSystem
 from env.predict import CostModel
 from env.scenario import Scenario
 from env.simulator import Simulator
+from env.splits import PARTS, Condition, split
 from executor.errors import ConfigError
+from executor.logs import add_log_arguments, configure_logging
 from executor.profile import Profile, write_atomic
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ MAX_OVERRUN_SHARE = 0.01
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code (2: bad input, one line on stderr)."""
     args = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    configure_logging(args)
     return run_command(lambda: _main(args))
 
 
@@ -74,6 +75,8 @@ def _main(args: argparse.Namespace) -> int:
                 )
     if len(result["by_rate"]) > 1:
         console.print(table(f"{args.model}, {args.backend}, all rates", result["arms"]))
+    for family, part in result.get("by_family", {}).items():
+        console.print(table(f"{args.model}, traces of {family}, all rates", part["arms"]))
     if args.json is not None:
         write_atomic(args.json, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
     if args.plot is not None:
@@ -90,6 +93,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", required=True, type=model_argument, help="alexnet, vgg16 or mobilenet_v2")
     add("--backend", choices=("simulator", "testbed"), default="simulator")
     add("--scenario", type=Path, help="TOML file (default: the shipped one)")
+    add(
+        "--traces",
+        type=Path,
+        help="folder of measured traces (docs/traces.md): play a part of its split instead of the "
+        "scenario's bandwidth, load, delay and arrivals",
+    )
+    add("--split", choices=tuple(PARTS), help="which part of --traces (default: test)")
     add(
         "--arms",
         help=f"comma-separated, of {', '.join(ARMS)}; or all (default: all but the oracle, which "
@@ -110,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--profile", type=Path, help="profile JSON (default: the checkpoint's; testbed: measured)")
     add("--json", type=Path, help="write the results here")
     add("--plot", type=Path, help="write a figure here (PNG, SVG, PDF)")
+    add_log_arguments(parser)
     return parser
 
 
@@ -117,34 +128,55 @@ def _evaluate(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Run everything that was asked for; returns the results as plain numbers."""
     if args.startup_s is not None and not args.startup_s >= 0:
         raise ConfigError(f"--startup-s must be >= 0, got {args.startup_s}")
+    if args.split is not None and args.traces is None:
+        raise ConfigError("--split names a part of --traces DIR; give both")
     scenario = Scenario.load(args.scenario)
     rates = _rates(args.rates)
-    scenarios = [scenario.replace(capacity_fraction=f, rate_rps=0.0) for f in rates] or [scenario]
+    conditions = [Condition("", "", scenario)]
+    if args.traces is not None:
+        conditions = [*split(args.traces, scenario).part(args.split or "test")]
     directory = args.checkpoint or CHECKPOINTS / args.model
     arms = _arms(args.arms, directory, console)
     if "oracle" in arms and args.backend == "testbed":
         raise ConfigError("arm oracle knows the future, which only --backend simulator can tell")
     checkpoint = Checkpoint.load(directory, args.model) if set(arms) & set(POLICY_ARMS) else None
     profile = _profile(args, directory, scenario)
-    by_rate: dict[str, Any] = {}
-    parts: list[_Part] = []
+    by_rate: dict[str, list[_Part]] = {}
+    by_condition: list[list[_Part]] = []
     with progress(console) as bar:
-        for at_rate in scenarios:
-            part = _Part(args, CostModel(profile, at_rate), arms, checkpoint, bar)
-            part.run()
-            parts.append(part)
-            by_rate[f"{part.fraction:.3g}"] = {
-                "rate_rps": part.model.rate_rps(),
-                "startup_s": part.startup * scenario.interval_s,
-                "overrun_share": part.overruns,
-                "arms": summarise(part.runs, part.model, part.decide_us),
+        for condition in conditions:
+            played = condition.scenario
+            at_rates = [played.replace(capacity_fraction=f, rate_rps=0.0) for f in rates]
+            by_condition.append([])
+            for at_rate in at_rates or [played]:
+                model = CostModel(profile, at_rate)
+                part = _Part(args, model, arms, checkpoint, bar, condition.name)
+                part.run()
+                by_condition[-1].append(part)
+                by_rate.setdefault(f"{part.fraction:.3g}", []).append(part)
+    parts = [part for done in by_condition for part in done]
+    families: dict[str, Any] = {}
+    if args.traces is not None:
+        families["split"] = args.split or "test"
+        families["by_condition"] = {
+            condition.name: {
+                "family": condition.family,
+                "by_rate": {f"{p.fraction:.3g}": _pooled([p]) for p in done},
+                "arms": _pooled(done)["arms"],
             }
-    pooled = {name: ArmRun.stack([p.runs[name] for p in parts]) for name in arms}
-    decide_us = {name: float(np.mean([p.decide_us[name] for p in parts])) for name in arms}
+            for condition, done in zip(conditions, by_condition, strict=True)
+        }
+        families["by_family"] = {
+            family: _pooled(
+                [p for c, ps in zip(conditions, by_condition, strict=True)
+                 if c.family == family for p in ps]
+            )
+            for family in dict.fromkeys(c.family for c in conditions)
+        }  # fmt: skip
     return {
         "model": args.model,
         "backend": args.backend,
-        "rates": [p.fraction for p in parts],
+        "rates": [p.fraction for p in by_condition[0]],
         "scenario": str(args.scenario or "default"),
         "seeds": args.seeds,
         "repeats": args.repeats if args.backend == "testbed" else 1,
@@ -167,13 +199,33 @@ def _evaluate(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             "switch_ms": "by construction: every frame carries its plan, so a switch stops nothing",
             "battery_h": f"{BATTERY_WH:g} Wh at the edge's mean power, idling included",
         },
-        "arms": summarise(pooled, parts[0].model, decide_us),
-        "by_rate": by_rate,
+        "arms": _pooled(parts)["arms"],
+        "by_rate": {rate: _pooled(done) for rate, done in by_rate.items()},
+        **families,
+    }
+
+
+def _pooled(parts: list[_Part]) -> dict[str, Any]:
+    """What the arms did over all conditions of several parts."""
+    names = parts[0].runs
+    overruns: dict[str, float] = {}
+    for part in parts:
+        for node, share in part.overruns.items():
+            overruns[node] = max(share, overruns.get(node, 0.0))
+    return {
+        "rate_rps": float(np.mean([p.model.rate_rps() for p in parts])),
+        "startup_s": max(p.startup * p.model.scenario.interval_s for p in parts),
+        "overrun_share": overruns,
+        "arms": summarise(
+            {name: ArmRun.stack([p.runs[name] for p in parts]) for name in names},
+            parts[0].model,
+            {name: float(np.mean([p.decide_us[name] for p in parts])) for name in names},
+        ),
     }
 
 
 class _Part:
-    """All arms at one arrival rate.
+    """All arms under one set of conditions, at one arrival rate.
 
     The oracle runs last and may start from what the others played. Its decisions were made in
     advance, by nobody who could exist, so they count as taking no time.
@@ -186,6 +238,7 @@ class _Part:
         arms: list[str],
         checkpoint: Checkpoint | None,
         bar: Progress,
+        name: str = "",
     ) -> None:
         self.args, self.model, self.arms, self.checkpoint = args, model, arms, checkpoint
         self.fraction = model.rate_rps() / model.capacity_rps
@@ -203,7 +256,7 @@ class _Part:
         runs_per_arm = args.seeds * args.repeats if self._live else 1
         self._bar = bar
         self._task = bar.add_task(
-            f"{self.fraction:.3g} of capacity",
+            f"{name} {self.fraction:.3g} of capacity".strip(),
             note="",
             total=length * len(arms) * runs_per_arm + tried * runs_per_arm + timed,
         )

@@ -77,7 +77,7 @@ class GuardedController:
         reason = self._check(state)
         if reason:
             if not self._hold:
-                log.warning("falling back to the solver: %s", reason)
+                log.warning("falling back to the solver: %s", reason, extra={"reason": reason})
             self.fallbacks[reason] += 1
             self._hold, self.reason = self._settings.hold_intervals, reason
         elif self._hold:

@@ -51,7 +51,7 @@ class HindsightSettings:
     """How lessons are gathered and learned.
 
     Attributes:
-        rounds: Rounds of gathering and learning.
+        rounds: Rounds of gathering and learning; 0 skips all of it.
         n_envs: Simulated environments of a round.
         intervals: Intervals that each of them lives.
         every: Intervals between two lessons.

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from env.conditions import process_mean
+from env.conditions import mean_delay_s, process_mean
 from env.cost import References
 from env.live import LiveSystem
 from env.predict import CostModel, PlanTable
@@ -52,7 +52,7 @@ def start_testbed(model: str, scenario: Scenario, weights: str = "none") -> Test
         model,
         weights=weights,
         nodes=tuple(TestbedNode(n.name, n.ratio, n.device) for n in scenario.nodes),
-        hops=tuple(TestbedHop(process_mean(h.bandwidth), h.one_way_delay_s) for h in scenario.hops),
+        hops=tuple(TestbedHop(process_mean(h.bandwidth), mean_delay_s(h)) for h in scenario.hops),
     )
     testbed.__enter__()
     return testbed

@@ -112,6 +112,11 @@ class ResumePoint:
         return True
 
     @property
+    def loaded(self) -> bool:
+        """Whether something was loaded, which `restore` will go on from."""
+        return self._saved is not None
+
+    @property
     def steps(self) -> int:
         """Environment steps done when it was saved; 0 if nothing was loaded."""
         return int(self._saved["ppo"]["num_timesteps"]) if self._saved else 0

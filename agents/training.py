@@ -270,7 +270,7 @@ def train_policy(
     )
     validation = _Validation(model, settings, report)
     started = time.monotonic()
-    if resume is None or not resume.steps:
+    if resume is None or not resume.loaded:
         torch.set_num_threads(1)  # the lessons' batches are too small for two
         assert isinstance(ppo.policy, ResidualSolverPolicy)
         learn_from_hindsight(

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from agents.hindsight import HindsightSettings
 from agents.resume import ResumePoint
 from agents.runtime import Checkpoint
 from agents.training import TrainingSettings, train_policy
@@ -34,7 +35,10 @@ def train_simulator(path: Path, steps: int) -> None:
     """Train on a built-in profile, resuming if there is something; leave weights in path.npz."""
     scenario = Scenario.load()
     model = CostModel(synthetic_profile(model_spec("alexnet"), scenario), scenario)
-    settings = TrainingSettings(steps=steps, validate_every=steps // 4, validation_envs=48)
+    hindsight = HindsightSettings(rounds=1)
+    settings = TrainingSettings(
+        hindsight=hindsight, steps=steps, validate_every=steps // 4, validation_envs=48
+    )
     point = ResumePoint(path, "alexnet", scenario, {"training": asdict(settings)}, SAVE_EVERY_S)
     print("resuming " if point.load() else "beginning", flush=True)
     result = train_policy(point.cost_model() or model, settings, resume=point)
@@ -46,8 +50,17 @@ def command(directory: Path, args: argparse.Namespace, *more: str) -> list[str]:
     if args.simulator:
         path = str(directory / "training.resume")
         return [sys.executable, __file__, "--child", path, "--steps", str(args.steps)]
-    line = [sys.executable, "train.py", "--model", "alexnet", "--steps", str(args.steps)]
-    line += ["--online-steps", "2", "--live-intervals", "1", "--checkpoint", str(directory)]
+    line = [sys.executable, "train.py", "--model", "alexnet", "--rounds", "1"]
+    line += [
+        "--steps",
+        str(args.steps),
+        "--online-steps",
+        "2",
+        "--live-intervals",
+        "1",
+        "--checkpoint",
+        str(directory),
+    ]
     return [*line, "--runs", str(directory.parent / "runs"), *more]
 
 

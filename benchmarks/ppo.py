@@ -9,6 +9,7 @@ import argparse
 from dataclasses import replace
 
 from agents.cli import CHECKPOINTS
+from agents.hindsight import HindsightSettings
 from agents.runtime import Checkpoint
 from agents.training import TrainingSettings, train_policy
 from env.predict import CostModel
@@ -25,7 +26,12 @@ def main() -> None:
         checkpoint = Checkpoint.load(CHECKPOINTS / name, name)
         model = CostModel(checkpoint.profile, Scenario.load(), checkpoint.references)
         # Validation is not part of the loop that is timed.
-        settings = replace(TrainingSettings(), steps=args.steps, validate_every=10**9)
+        settings = replace(
+            TrainingSettings(),
+            hindsight=HindsightSettings(rounds=0),
+            steps=args.steps,
+            validate_every=10**9,
+        )
         result = train_policy(model, settings)
         print(f"{name}: {result.steps_per_s:,.0f} steps/s ({len(model.plans)} plans)", flush=True)
 

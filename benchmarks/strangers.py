@@ -128,7 +128,7 @@ def main() -> None:
     args = parser.parse_args()
     seconds = args.connections / args.per_second
     with tempfile.TemporaryDirectory() as folder, nodes(Path(folder)) as cluster:
-        with Client(cluster) as client:
+        with Client(cluster, max_in_flight=1000) as client:
             client.connect(30.0)
             latencies_ms(client, 3.0, args.rate)
             before = latencies_ms(client, seconds, args.rate)

@@ -55,9 +55,13 @@ class Measured:
 
 
 def measure(
-    store: RequestStore, station: int, left: Departures, dt_s: float, batch: int, rtt_s: float
+    store: RequestStore, station: int, left: Departures, dt_s: float, rtt_s: F64
 ) -> Measured:
-    """Bytes and service seconds of probes and of frames large enough to measure."""
+    """Bytes and service seconds of probes and of frames large enough to measure.
+
+    `rtt_s` [B] is the hop's round trip as known to its sender.
+    """
+    batch = len(rtt_s)
     large = left.work >= MEASURED_BYTES
     env, depart = left.env, left.depart_s
     size, wall = left.departed_work, left.departed_wall_s
@@ -70,10 +74,10 @@ def measure(
     age[env] = dt_s - depart  # of repeated indices the last, newest, stays
     bound = np.full(batch, np.inf)
     head = left.head_slot
-    head_bytes = store.work[station].take(head)
-    seen_s = left.head_elapsed_s - rtt_s
+    head_bytes, head_env = store.work[station].take(head), store.env.take(head)
+    seen_s = left.head_elapsed_s - rtt_s.take(head_env)
     overdue = (seen_s > 0) & ((head_bytes >= MEASURED_BYTES) | store.is_probe.take(head))
-    bound[store.env.take(head[overdue])] = head_bytes[overdue] / seen_s[overdue]
+    bound[head_env[overdue]] = head_bytes[overdue] / seen_s[overdue]
     return Measured(size, wall, age, bound)
 
 

@@ -5,19 +5,62 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from env._stations import Rates, Station
-from env.conditions import IntervalConditions, process_mean
+from env._stations import Departures, Rates, Station
+from env.conditions import IntervalConditions, mean_delay_s, process_mean
 from env.predict import CostModel
+from env.scenario import MAX_ONE_WAY_DELAY_S
 from executor.errors import ConfigError
 
-__all__ = ["REPLY_RATE_FLOOR", "Chain"]
+__all__ = ["REPLY_RATE_FLOOR", "Chain", "Delays"]
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 
 # An outage serves at this rate (bytes/s), not at 0: no division by zero, and no frame notices.
 RATE_FLOOR = 1e-3
+APART_S = 1e-9  # frames that a falling delay brings in together keep their order
 REPLY_RATE_FLOOR = 1e3  # bytes/s: a reply in an outage is late by seconds, not for ever
+
+
+class Delays:
+    """The hops' one-way delays over an interval, where they change.
+
+    What a hop carries arrives in the order it was sent, as over TCP: when the delay falls, frames
+    wait for the one before. (On the testbed that holds for every piece of a frame; here a frame
+    counts with its end.)
+
+    Args:
+        delay_s: [B, H, K] in each of K sub-steps.
+        substep_s: Length of a sub-step.
+        due_s: [B, H] when the newest frame of each hop arrives, after the interval's start; kept
+            up to date.
+    """
+
+    def __init__(self, delay_s: F64, substep_s: float, due_s: F64) -> None:
+        self._delay_s, self._substep_s, self._due_s = delay_s, substep_s, due_s
+        self._last = delay_s.shape[2] - 1
+
+    def at(self, hop: int, env: I64, time_s: F64) -> F64:
+        """Delay of what leaves `env`'s hop at `time_s`; past the interval the last one holds."""
+        k = np.minimum((time_s / self._substep_s).astype(np.int64), self._last)
+        delay: F64 = self._delay_s[env, hop, k]
+        return delay
+
+    def arrive(self, hop: int, left: Departures) -> F64:
+        """When each departure arrives behind the hop, in the same order."""
+        env = left.env
+        due = left.depart_s + self.at(hop, env, left.depart_s)
+        if len(env) == 0:
+            return due
+        first = np.flatnonzero(np.r_[True, env[1:] != env[:-1]])
+        before = self._due_s[:, hop]
+        due[first] = np.maximum(due[first], before[env[first]] + APART_S)
+        # A running maximum in a lane per environment.
+        lane = env * (float(due.max()) + 1.0)
+        lane -= APART_S * np.arange(len(env))
+        in_order: F64 = np.maximum.accumulate(due + lane) - lane
+        before[env] = in_order  # of repeated indices the last, newest, stays
+        return in_order
 
 
 class Chain:
@@ -25,8 +68,10 @@ class Chain:
 
     Attributes:
         n_nodes, n_hops, n_stations, n_units: Sizes.
-        lag_s: [H] from the end of a transmission to the arrival behind the hop.
-        rtt_s: [H] round-trip time of an empty frame.
+        overhead_s: [H] of a frame, after its transmission.
+        lag_s: [H] from the end of a transmission to the arrival behind the hop, on average.
+        rtt_s: [H] round-trip time of an empty frame, on average.
+        delay_varies: Whether the delay of any hop is a process; else the averages are exact.
         mean_load: [N] long-run means of the nodes' loads.
         profile_rate: [H] bytes/s when the profile was taken.
         probe_limit_bytes: Largest probe.
@@ -40,10 +85,12 @@ class Chain:
         self._prefix_s = profile.work_prefix_s()
         self._overhead_s = np.array([n.stage_overhead_s for n in profile.nodes])
         self._cut_bytes = profile.cut_bytes()
-        self._delay_s = np.array([h.one_way_delay_s for h in scenario.hops])
-        self.lag_s: F64 = self._delay_s + np.array([h.frame_overhead_s for h in profile.hops])
+        self._delay_s = np.array([mean_delay_s(h) for h in scenario.hops])
+        self.delay_varies = any(h.delay is not None for h in scenario.hops)
+        self.overhead_s = np.array([h.frame_overhead_s for h in profile.hops])
+        self.lag_s: F64 = self._delay_s + self.overhead_s
         self.rtt_s: F64 = 2.0 * self._delay_s
-        self.mean_load = np.array([process_mean(n.load) for n in scenario.nodes])
+        self.mean_load = np.array([process_mean(n.load, "load") for n in scenario.nodes])
         self.profile_rate = np.array([h.bytes_per_s for h in profile.hops])
         self.probe_limit_bytes = float(
             max(self._cut_bytes.max(), scenario.probing.paper_bytes, scenario.probing.payload_bytes)
@@ -58,6 +105,8 @@ class Chain:
         # Admission is approximate, so leave room for more than the bound; and for a probe.
         largest *= 3 * self._max_in_flight + 2
         lag = float(self.lag_s.max())
+        if self.delay_varies:
+            lag = MAX_ONE_WAY_DELAY_S + float(self.overhead_s.max())
         return [
             Station(s, batch, float(bound), lag, timed or s % 2 == 1)
             for s, bound in enumerate(largest)
@@ -103,10 +152,14 @@ class Chain:
                 rates.append(Rates(hop, substep_s, last_s))
         return rates
 
-    def return_s(self, rates: list[Rates], node: int, env: I64, depart_s: F64) -> F64:
+    def return_s(
+        self, rates: list[Rates], delays: Delays | None, node: int, env: I64, depart_s: F64
+    ) -> F64:
         """Seconds for an output that leaves `node` at `depart_s` to come back to the edge."""
-        total = np.full(len(env), self._delay_s[:node].sum())
+        total = np.full(len(env), self._delay_s[:node].sum() if delays is None else 0.0)
         for h in range(node):
+            if delays is not None:
+                total += delays.at(h, env, depart_s)
             rate = np.maximum(rates[2 * h + 1].value_at(env, depart_s), REPLY_RATE_FLOOR)
             total += self._cut_bytes[-1] / rate
         return total

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
+from env._pings import Pings
 from env._stations import RequestStore, Station
 from env.conditions import IntervalConditions
 from env.state import SystemState
@@ -104,6 +105,8 @@ class Snapshot:
         time_s: Simulation time, one for all.
         n_ref, completed_rps, in_flight: [B].
         measured_rate, measured_age_s, probing: [B, H].
+        due_s: [B, H] when each hop's newest frame arrives, where delays vary.
+        pings: What pings have measured; None where delays are constant.
         state: What a controller sees.
         held: The last conditions, for a run-out; None before the first interval.
         queued: The open requests.
@@ -116,6 +119,8 @@ class Snapshot:
     in_flight: I64
     measured_rate: F64
     measured_age_s: F64
+    due_s: F64
+    pings: Pings | None
     probing: NDArray[np.bool_]
     state: SystemState
     held: IntervalConditions | None

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Departures", "Rates", "RequestStore", "Station", "sums"]
+__all__ = ["Departures", "Rates", "RequestStore", "Station", "route", "sums"]
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
@@ -311,3 +311,20 @@ def sums(env: I64, values: F64, batch: int) -> F64:
     """Sum of `values` per environment, [B]."""
     total: NDArray[Any] = np.bincount(env, values, minlength=batch)
     return total
+
+
+def route(
+    slot: I64,
+    time_s: F64,
+    yes: NDArray[np.bool_],
+    there: list[tuple[I64, F64]],
+    elsewhere: list[tuple[I64, F64]],
+) -> None:
+    """Add requests and their times to one list or the other."""
+    chosen = np.flatnonzero(yes)
+    if len(chosen) == len(yes):
+        there.append((slot, time_s))
+        return
+    there.append((slot.take(chosen), time_s.take(chosen)))
+    others = np.flatnonzero(~yes)
+    elsewhere.append((slot.take(others), time_s.take(others)))

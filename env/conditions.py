@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from env.scenario import Process, Scenario
+from env._play import TracePlayer, played
+from env.scenario import MAX_ONE_WAY_DELAY_S, HopSetup, Process, Scenario
+from env.traces import load_traces
 from executor.errors import ConfigError
 
 __all__ = [
@@ -22,15 +23,15 @@ __all__ = [
     "ConditionsSource",
     "IntervalConditions",
     "SharedConditions",
-    "load_trace",
+    "mean_delay_s",
     "process_mean",
+    "typical_mbps",
 ]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 BYTES_PER_S_PER_MBPS = 1e6 / 8
-MAX_SUBSTEP_S = 1.0
 MAX_LOAD = 0.9
 
 
@@ -41,6 +42,7 @@ class IntervalConditions:
     Attributes:
         hop_bytes_per_s: Shape [B, H, K]: bandwidth, constant in each of the K sub-steps.
         node_speed: Shape [B, N, K]: 1 - load.
+        hop_delay_s: Shape [B, H, K]: one-way propagation delay.
         arrival_env: Shape [R], not decreasing: which environment each request arrives in.
         arrival_offset_s: Shape [R]: seconds after the interval's start, sorted within each
             environment.
@@ -49,6 +51,7 @@ class IntervalConditions:
 
     hop_bytes_per_s: F64
     node_speed: F64
+    hop_delay_s: F64
     arrival_env: NDArray[np.int64]
     arrival_offset_s: F64
     arrival_count: NDArray[np.int64]
@@ -112,9 +115,9 @@ class ConditionsSource(Protocol):
 class Conditions:
     """Draws `IntervalConditions` one interval after the other.
 
-    Bandwidth and load come from one random stream and arrivals from another, so that another
-    arrival rate leaves bandwidth and load as they were. How much is drawn never depends on an
-    action.
+    Bandwidth, load and delay come from one random stream, arrivals from another, and which traces
+    are played from a third: another arrival rate leaves bandwidth and load as they were. How much
+    is drawn never depends on an action.
 
     Args:
         scenario: Processes and interval.
@@ -126,13 +129,33 @@ class Conditions:
         self.scenario = scenario
         self.rate_rps = np.asarray(rate_rps, dtype=np.float64)
         self.batch = len(self.rate_rps)
-        self.substeps = max(1, int(np.ceil(scenario.interval_s / MAX_SUBSTEP_S - 1e-9)))
+        self.substeps = max(1, int(np.ceil(scenario.interval_s / scenario.substep_s - 1e-9)))
         self.substep_s = scenario.interval_s / self.substeps
+        self._n_hops = len(scenario.hops)
         self._processes = [h.bandwidth for h in scenario.hops]
         self._processes += [n.load for n in scenario.nodes]
         self._processes.append(scenario.arrivals)
-        self._n_hops = len(scenario.hops)
-        self._traces = [load_trace(p) if p.kind == "trace" else None for p in self._processes]
+        # These have an offset drawn whether or not they play a trace; delays, which came later,
+        # must not move the draws that follow.
+        self._n_first = len(self._processes)
+        quantities = ["mbps"] * self._n_hops + ["load"] * len(scenario.nodes) + ["rate_rps"]
+        self._delay_hops = [h for h, hop in enumerate(scenario.hops) if hop.delay is not None]
+        self._processes += [hop.delay for hop in scenario.hops if hop.delay is not None]
+        quantities += ["rtt_ms"] * len(self._delay_hops)
+        self._delay_s = np.zeros((self.batch, self._n_hops, self.substeps))
+        for h, hop in enumerate(scenario.hops):
+            self._delay_s[:, h] = mean_delay_s(hop)
+        self._players = {
+            i: TracePlayer(load_traces(p.path, q), p.scale, p.time_scale, p.jitter)
+            for i, (p, q) in enumerate(zip(self._processes, quantities, strict=True))
+            if p.kind == "trace"
+        }
+        # Neither moves by draws of its own: filled in for a whole interval at once.
+        self._constant = [
+            (i, min(max(p.levels[0], p.minimum), p.maximum))
+            for i, p in enumerate(self._processes)
+            if p.kind == "constant"
+        ]
         # Multiplicative noise first, so that either kind is one block of rows.
         moving = [(not p.log, i) for i, p in enumerate(self._processes) if p.kind == "markov"]
         self._rows = [i for _, i in sorted(moving)]
@@ -166,16 +189,17 @@ class Conditions:
 
     def reset(self, seed: int) -> None:
         """Start again from the beginning of the conditions that `seed` names."""
-        self._rng, self._arrival_rng = np.random.default_rng(seed).spawn(2)
+        self._rng, self._arrival_rng, trace_rng = np.random.default_rng(seed).spawn(3)
         shape = (len(self._rows), self.batch)
         regime = (self._rng.random(shape) * self._n_levels[:, None]).astype(np.int64)
         self._level = np.take_along_axis(self._levels, regime, axis=1).astype(np.float32)
         self._noise = self._rng.standard_normal(shape, dtype=np.float32)
         self._out = np.zeros((len(self._out_rows), self.batch), dtype=bool)
-        self._time_s = 0.0
-        self._offset = [
-            self._rng.random(self.batch) * (len(t) if t is not None else 1) for t in self._traces
-        ]
+        self._turn = 0
+        share = self._rng.random((self._n_first, self.batch))
+        for i, player in self._players.items():
+            where = share[i] if i < self._n_first else trace_rng.random(self.batch)
+            player.reset(trace_rng, self.batch, where)
 
     def _move(self) -> F32:
         """One sub-step of the moving processes; returns their values, [rows, B]."""
@@ -201,34 +225,35 @@ class Conditions:
         np.maximum(values, self._minimum, out=values)
         return np.minimum(values, self._maximum, out=values)
 
-    def _advance(self) -> F64:
-        """One sub-step of every process; returns values, shape [P, B]."""
-        values = np.empty((len(self._processes), self.batch))
-        if self._rows:
-            values[self._rows] = self._move()
-        for row, process, trace, offset in zip(
-            values, self._processes, self._traces, self._offset, strict=True
-        ):
-            if process.kind == "constant":
-                row[:] = np.clip(process.levels[0], process.minimum, process.maximum)
-            elif trace is not None:
-                index = (offset + self._time_s).astype(np.int64) % len(trace)
-                np.clip(trace[index] * process.scale, process.minimum, process.maximum, out=row)
-        self._time_s += self.substep_s
-        return values
-
     def next(self) -> IntervalConditions:
         """The next interval's conditions."""
         steps = np.empty((len(self._processes), self.batch, self.substeps))
-        for k in range(self.substeps):
-            steps[:, :, k] = self._advance()
-        h = self._n_hops
+        if self._rows:
+            for k in range(self.substeps):
+                steps[self._rows, :, k] = self._move()
+        for i, value in self._constant:
+            steps[i] = value
+        start_s = self._turn * self.scenario.interval_s
+        for i, player in self._players.items():
+            means, process = (
+                player.means(start_s, self.substep_s, self.substeps),
+                self._processes[i],
+            )
+            np.clip(means, process.minimum, process.maximum, out=steps[i])
+        self._turn += 1
+        h, n = self._n_hops, self._n_first - 1
         steps[:h] *= BYTES_PER_S_PER_MBPS
-        speed = 1.0 - np.minimum(steps[h:-1], MAX_LOAD)
-        env, offset, count = self._arrivals(steps[-1])
+        speed = 1.0 - np.minimum(steps[h:n], MAX_LOAD)
+        delay = self._delay_s
+        if self._delay_hops:
+            delay = delay.copy()
+            drawn = np.minimum(steps[n + 1 :], MAX_ONE_WAY_DELAY_S)
+            delay[:, self._delay_hops] = drawn.transpose(1, 0, 2)
+        env, offset, count = self._arrivals(steps[n])
         return IntervalConditions(
             hop_bytes_per_s=steps[:h].transpose(1, 0, 2),
             node_speed=speed.transpose(1, 0, 2),
+            hop_delay_s=delay,
             arrival_env=env,
             arrival_offset_s=offset,
             arrival_count=count,
@@ -286,10 +311,22 @@ class SharedConditions(Conditions):
         return drawn.take(np.repeat(np.arange(self.batch), self.copies))
 
 
-def process_mean(process: Process) -> float:
-    """Long-run mean of a process, in its own unit (outages and clipping included roughly)."""
+def process_mean(process: Process, quantity: str = "mbps") -> float:
+    """Long-run mean of a process (outages and clipping included roughly).
+
+    Args:
+        process: The process.
+        quantity: What a trace is read as: "mbps", "load", "rate_rps" or "rtt_ms".
+
+    Returns:
+        The mean in the process's unit; of several traces, the mean of their means.
+
+    Raises:
+        ConfigError: A trace cannot be read.
+    """
     if process.kind == "trace":
-        return float(np.mean(load_trace(process)) * process.scale)
+        traces = load_traces(process.path, quantity)
+        return process.scale * float(np.mean([played(t).mean() for t in traces]))
     mean = float(np.mean(process.levels))
     if process.kind == "constant":
         return mean
@@ -298,40 +335,26 @@ def process_mean(process: Process) -> float:
     return (1.0 - share) * mean + share * process.outage_value
 
 
-def load_trace(process: Process) -> F64:
-    """Read a trace CSV (header, then `seconds,value` rows) onto a 1 s grid.
+def typical_mbps(process: Process) -> float:
+    """The bandwidth that a capacity is reckoned with.
 
-    A gap is filled with the value before it.
+    The mean of a constant or hand-written process. Measured bandwidth, and so its generators, are
+    heavy-tailed: a mean made by seldom and splendid moments is above what there is most of the
+    time, and a fraction of the capacity there would overload every plan. There it is the median.
 
     Raises:
-        ConfigError: Unreadable, non-numeric, negative or empty; names the file and line.
+        ConfigError: A trace cannot be read.
     """
-    path = Path(process.path)
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read trace {path}: {error}") from error
-    times: list[float] = []
-    values: list[float] = []
-    for number, line in enumerate(lines[1:], start=2):
-        if not line.strip():
-            continue
-        try:
-            t, v = (float(x) for x in line.split(",")[:2])
-        except ValueError as error:
-            raise ConfigError(
-                f"trace {path} line {number}: expected `seconds,value`, got {line!r}"
-            ) from error
-        if not (np.isfinite(t) and np.isfinite(v)) or v < 0:
-            raise ConfigError(
-                f"trace {path} line {number}: values must be finite and >= 0, got {line!r}"
-            )
-        if times and t <= times[-1]:
-            raise ConfigError(f"trace {path} line {number}: seconds must increase, got {line!r}")
-        times.append(t)
-        values.append(v)
-    if len(times) < 2:
-        raise ConfigError(f"trace {path}: expected at least two rows, got {len(times)}")
-    grid = np.arange(times[0], times[-1] + 1e-9, 1.0)
-    held = np.searchsorted(np.array(times), grid + 1e-9, side="right") - 1
-    return np.array(values)[held]
+    if process.kind == "trace":
+        values = np.concatenate([played(t) for t in load_traces(process.path, "mbps")])
+        return process.scale * float(np.median(values))
+    if process.name:
+        shrink = np.exp(-0.5 * process.sigma**2) if process.log else 1.0
+        return float(np.median(process.levels) * shrink)
+    return process_mean(process)
+
+
+def mean_delay_s(hop: HopSetup) -> float:
+    """Long-run mean of a hop's one-way delay, s."""
+    delay = hop.one_way_delay_s
+    return process_mean(delay, "rtt_ms") if isinstance(delay, Process) else delay

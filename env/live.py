@@ -56,6 +56,9 @@ class Playback(Protocol):
     def play_rate(self, hop: int, t0_s: float, dt_s: float, mbps: Sequence[float]) -> None:
         """Play a hop's bandwidth from monotonic time t0_s on."""
 
+    def play_delay(self, hop: int, t0_s: float, dt_s: float, delay_s: Sequence[float]) -> None:
+        """Play a hop's one-way delay from monotonic time t0_s on."""
+
     def play_load(self, node: int, t0_s: float, dt_s: float, values: Sequence[float]) -> None:
         """Play a node's load from monotonic time t0_s on."""
 
@@ -117,6 +120,10 @@ class LiveSystem:
             loads = 1.0 - np.concatenate([i.node_speed[0] for i in intervals], axis=1)
             for hop, row in enumerate(rates / BYTES_PER_S_PER_MBPS):
                 self._playback.play_rate(hop, start, dt, row.tolist())
+            for hop, setup in enumerate(self.scenario.hops):
+                if setup.delay is not None:
+                    delays = np.concatenate([i.hop_delay_s[0, hop] for i in intervals])
+                    self._playback.play_delay(hop, start, dt, delays.tolist())
             for node, row in enumerate(loads):
                 self._playback.play_load(node, start, dt, row.tolist())
         self._start_s = self._end_s = start

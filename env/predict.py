@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from env.conditions import BYTES_PER_S_PER_MBPS, process_mean
+from env.conditions import BYTES_PER_S_PER_MBPS, process_mean, typical_mbps
 from env.cost import References
 from env.scenario import Scenario
 from executor.errors import ConfigError
@@ -135,9 +135,9 @@ class CostModel:
         self._piece = max(1, CACHED_NUMBERS // (n_stations * n_plans))
 
     def _capacity(self) -> float:
-        """Capacity of the best static plan at the scenario's mean conditions, requests/s."""
-        speed = np.array([1.0 - process_mean(n.load) for n in self.scenario.nodes])
-        rate = np.array([process_mean(h.bandwidth) for h in self.scenario.hops])
+        """Capacity of the best static plan at the scenario's usual conditions, requests/s."""
+        speed = np.array([1.0 - process_mean(n.load, "load") for n in self.scenario.nodes])
+        rate = np.array([typical_mbps(h.bandwidth) for h in self.scenario.hops])
         seconds = np.empty((len(self.plans), len(self._demand)))
         seconds[:, 0::2] = self.table.work_s / speed
         seconds[:, 1::2] = self.table.hop_bytes / (rate * BYTES_PER_S_PER_MBPS)

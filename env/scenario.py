@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from env.generators import generator
 from executor.errors import ConfigError
 
 if sys.version_info >= (3, 11):
@@ -23,14 +24,20 @@ __all__ = ["CostWeights", "HopSetup", "NodeSetup", "Probing", "Process", "Scenar
 
 T = TypeVar("T")
 SHIPPED = Path(__file__).parent / "scenarios"
+MAX_ONE_WAY_DELAY_S = 5.0
 
 
 @dataclass(frozen=True)
 class Process:
-    """One exogenous quantity over time: bandwidth (Mbit/s), load (0..0.9) or arrival multiplier.
+    """One exogenous quantity over time.
+
+    That is a hop's bandwidth (Mbit/s) or one-way delay (s), a node's load (0..0.9), or a multiplier
+    of the mean arrival rate.
 
     Attributes:
-        kind: "constant" (`levels[0]`), "markov" (regimes with noise and outages) or "trace".
+        kind: "constant" (`levels[0]`), "markov" (regimes with noise and outages), "trace"
+            (measured, played from files), or "generator": the "markov" process that ships under
+            `name`; it then reads as that.
         levels: Constant value, or the regimes' means, in the quantity's unit.
         dwell_s: Mean seconds in a regime before another is drawn.
         sigma: Noise: of log(value) when `log` is true, else of the value.
@@ -41,9 +48,14 @@ class Process:
         outage_value: The value during an outage.
         minimum: Lower clip.
         maximum: Upper clip.
-        path: Trace file (kind "trace"): CSV with a header, seconds and values in its first two
-            columns.
-        scale: Factor on a trace's values.
+        path: Trace files (kind "trace"): a file, a folder, a glob pattern, or several of them, in
+            the formats of `env.traces`. Each environment draws one of them and where to begin.
+            Round trips (`rtt_ms`) are halved to one-way delays; arrivals are divided by their mean.
+        scale: Factor on the values of a trace or generator.
+        time_scale: Seconds of a trace per second played: 60 turns 5-minute data into one value
+            every 5 s.
+        jitter: Fill in what happens between a trace's samples (`env._play`); false holds them.
+        name: Of the generator (`env/generators.toml`).
     """
 
     kind: str = "constant"
@@ -57,19 +69,42 @@ class Process:
     outage_value: float = 0.0
     minimum: float = 0.0
     maximum: float = float("inf")
-    path: str = ""
+    path: str | tuple[str, ...] = ()
     scale: float = 1.0
+    time_scale: float = 1.0
+    jitter: bool = True
+    name: str = ""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("constant", "markov", "trace"):
-            raise ConfigError(f"process kind must be constant, markov or trace, got {self.kind!r}")
+        if self.kind not in ("constant", "markov", "trace", "generator"):
+            raise ConfigError(
+                f"process kind must be constant, markov, trace or generator, got {self.kind!r}"
+            )
+        if isinstance(self.path, str):
+            object.__setattr__(self, "path", (self.path,) if self.path else ())
         if self.kind == "trace" and not self.path:
-            raise ConfigError("a trace process needs `path`, the CSV file to play")
+            raise ConfigError("a trace process needs `path`, the files to play")
         if not self.levels or min(self.levels) < 0:
             raise ConfigError(f"process levels must be >= 0 and not empty, got {self.levels}")
-        for name in ("dwell_s", "correlation_s", "outage_s", "scale"):
+        for name in ("dwell_s", "correlation_s", "outage_s", "scale", "time_scale"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"process {name} must be positive, got {getattr(self, name)}")
+        if self.kind == "generator":
+            self._become(generator(self.name))
+
+    def _become(self, parameters: dict[str, Any]) -> None:
+        """Take on a generator's parameters, scaled."""
+        for name, value in parameters.items():
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(self.scale * v for v in value))
+            elif name in ("minimum", "maximum", "outage_value") or (
+                name == "sigma" and not parameters.get("log", True)
+            ):
+                object.__setattr__(self, name, self.scale * value)
+            else:
+                object.__setattr__(self, name, value)
+        object.__setattr__(self, "kind", "markov")
+        object.__setattr__(self, "scale", 1.0)
 
 
 @dataclass(frozen=True)
@@ -91,16 +126,33 @@ class NodeSetup:
 
 @dataclass(frozen=True)
 class HopSetup:
-    """A hop: bandwidth in Mbit/s over time and the one-way propagation delay."""
+    """A hop: bandwidth over time, and the one-way propagation delay.
+
+    Attributes:
+        bandwidth: In Mbit/s.
+        one_way_delay_s: A number, or a process in seconds (a constant one becomes its number);
+            what is sent arrives in order, and never later than `MAX_ONE_WAY_DELAY_S` after.
+    """
 
     bandwidth: Process
-    one_way_delay_s: float = 0.005
+    one_way_delay_s: float | Process = 0.005
 
     def __post_init__(self) -> None:
         if max(self.bandwidth.levels) <= 0 and self.bandwidth.kind != "trace":
             raise ConfigError(f"hop bandwidth must be positive, got {self.bandwidth.levels} Mbit/s")
-        if self.one_way_delay_s < 0:
-            raise ConfigError(f"one_way_delay_s must be >= 0, got {self.one_way_delay_s}")
+        delay = self.one_way_delay_s
+        if isinstance(delay, Process) and delay.kind == "constant":
+            delay = delay.levels[0]
+            object.__setattr__(self, "one_way_delay_s", delay)
+        if not isinstance(delay, Process) and not 0 <= delay <= MAX_ONE_WAY_DELAY_S:
+            raise ConfigError(
+                f"one_way_delay_s must lie in 0..{MAX_ONE_WAY_DELAY_S:g} s, got {delay}"
+            )
+
+    @property
+    def delay(self) -> Process | None:
+        """The delay's process; None where it is constant."""
+        return self.one_way_delay_s if isinstance(self.one_way_delay_s, Process) else None
 
 
 @dataclass(frozen=True)
@@ -139,6 +191,8 @@ class Scenario:
         capacity_fraction: Mean arrival rate as a fraction of the best static plan's capacity.
         rate_rps: Mean arrival rate in requests/s; overrides `capacity_fraction` when not 0.
         interval_s: Time between two decisions, and an environment's step.
+        substep_s: Bandwidth, load and delay are constant for at most so long (an interval has a
+            whole number of sub-steps).
         episode_s: Length of an episode (truncated, never terminated).
         deadline_factor: `deadline_s` = this times the edge-only latency when `deadline_s` is 0.
         deadline_s: A request that takes longer is late.
@@ -154,6 +208,7 @@ class Scenario:
     capacity_fraction: float = 0.7
     rate_rps: float = 0.0
     interval_s: float = 1.0
+    substep_s: float = 1.0
     episode_s: float = 200.0
     deadline_factor: float = 4.0
     deadline_s: float = 0.0
@@ -170,6 +225,8 @@ class Scenario:
             )
         if not 0.05 <= self.interval_s <= 10.0:
             raise ConfigError(f"interval_s must lie in 0.05..10 s, got {self.interval_s}")
+        if not 0.001 <= self.substep_s <= 10.0:
+            raise ConfigError(f"substep_s must lie in 0.001..10 s, got {self.substep_s}")
         if self.capacity_fraction <= 0 or self.rate_rps < 0:
             raise ConfigError(
                 "the arrival rate must be positive: capacity_fraction "
@@ -194,12 +251,15 @@ class Scenario:
 
     @classmethod
     def load(cls, path: str | Path | None = None) -> Scenario:
-        """Read a scenario file; None reads the shipped default.
+        """Read a scenario file, or a shipped one by its name ("lte"); None reads the default.
 
         Raises:
             ConfigError: Unreadable, not TOML, an unknown key, or a value out of range.
         """
         file = SHIPPED / "default.toml" if path is None else Path(path)
+        shipped = SHIPPED / f"{file}.toml"
+        if not file.suffix and not file.exists() and shipped.is_file():
+            file = shipped
         try:
             raw = tomllib.loads(file.read_text())
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -238,6 +298,12 @@ def _build(cls: type[T], raw: Any, where: str) -> T:
             values[key] = tuple(
                 _build(_NESTED[key], v, f"{name}[{i}]") for i, v in enumerate(value)
             )
+        elif key == "one_way_delay_s":
+            values[key] = (
+                _build(Process, value, name)
+                if isinstance(value, dict)
+                else _coerce(value, "float", name)
+            )
         elif key in _NESTED:
             if isinstance(value, int | float) and not isinstance(value, bool):
                 value = {"levels": [value]}
@@ -265,8 +331,10 @@ def _coerce(value: Any, kind: str, name: str) -> Any:
         return value
     if kind == "bool" and isinstance(value, bool):
         return value
-    if kind == "str" and isinstance(value, str):
+    if kind.startswith("str") and isinstance(value, str):
         return value
+    if "tuple[str" in kind and isinstance(value, list) and all(isinstance(v, str) for v in value):
+        return tuple(value)
     if kind.startswith("tuple[float"):
         items = value if isinstance(value, list) else [value]
         if all(isinstance(v, int | float) and not isinstance(v, bool) for v in items):

@@ -5,6 +5,8 @@ empty only relays (no queue), a hop behind the last unit is not crossed. Every s
 the order of arrival at it. A node does a stage's unloaded seconds at speed 1 - load; a hop sends
 bytes at its bandwidth; the frame overhead and the one-way delay follow without occupying it. The
 output goes back over the crossed hops: one-way delay plus its bytes at the bandwidth of the moment.
+A delay may be a process; what a hop carries then still arrives in order, and the state's round trip
+is what pings would have measured.
 
 Stations are served in the chain's order, once per interval: whatever reaches a station before the
 interval's end has left the stations before it by then, so its order there is final.
@@ -16,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from env._accounting import Arrivals, Measured, account, join, measure, refused_rows, rows
-from env._chain import Chain
+from env._chain import Chain, Delays
+from env._pings import Pings
 from env._snapshot import Queued, Snapshot, take_state
-from env._stations import NO_SLOTS, NO_TIMES, Departures, Rates, RequestStore
+from env._stations import NO_SLOTS, NO_TIMES, Departures, Rates, RequestStore, route
 from env.conditions import ConditionsSource, IntervalConditions, SharedConditions
 from env.cost import IntervalRecord
 from env.predict import CostModel
@@ -143,6 +146,7 @@ class Simulator:
         b, chain = self.batch, self._chain
         self._measured_rate = np.tile(chain.profile_rate, (b, 1))
         self._measured_age_s = np.zeros((b, chain.n_hops))
+        self._pings = Pings(b, chain.n_hops) if chain.delay_varies else None
         self._completed_rps = np.zeros(b)
         self._state = SystemState(
             bytes_per_s=self._measured_rate.copy(),
@@ -178,9 +182,10 @@ class Simulator:
             self._send_probes(np.asarray(probe_bytes, dtype=np.float64), flows)
         new, refused = self._admit(conditions, cuts, record)
         edge = self._store.work[0].take(new.slot) >= 0.0
-        self._route(new.slot, new.offset_s, edge, flows[0], flows[1])
+        route(new.slot, new.offset_s, edge, flows[0], flows[1])
         rates = self._chain.rates(conditions, self._conditions.substep_s)
-        completed = self._advance(rates, self._dt_s, flows, record, new)
+        delays = self._delays(conditions, self._dt_s)
+        completed = self._advance(rates, delays, self._dt_s, flows, record, new)
         if completed is not None and refused is not None:
             completed = join(completed, refused)
         self._observe(conditions, cuts, record)
@@ -215,7 +220,8 @@ class Simulator:
         record = IntervalRecord.zeros(self.batch, self._chain.n_nodes)
         flows: Flows = [[] for _ in self._stations]
         rates = self._chain.rates(coming, substep_s, last_s)
-        completed = self._advance(rates, limit, flows, record, Arrivals.none(self.batch))
+        delays, none = self._delays(coming, limit), Arrivals.none(self.batch)
+        completed = self._advance(rates, delays, limit, flows, record, none)
         record.lost += self._in_flight
         if completed is not None:
             given_up = np.flatnonzero(~self._store.is_probe[: self._store.live])
@@ -238,6 +244,8 @@ class Simulator:
             in_flight=self._in_flight.copy(),
             measured_rate=self._measured_rate.copy(),
             measured_age_s=self._measured_age_s.copy(),
+            due_s=self._due_s.copy(),
+            pings=None if self._pings is None else self._pings.take(np.arange(self.batch)),
             probing=self._probing.copy(),
             state=take_state(self._state, np.arange(self.batch)),
             held=None if self._last is None else self._last.held(),
@@ -283,6 +291,8 @@ class Simulator:
         self._probing = snapshot.probing[index]
         self._measured_rate = snapshot.measured_rate[index]
         self._measured_age_s = snapshot.measured_age_s[index]
+        self._due_s = snapshot.due_s[index]
+        self._pings = None if snapshot.pings is None else snapshot.pings.take(index)
         self._state = take_state(snapshot.state, index)
         self._last = None if snapshot.held is None else snapshot.held.take(index)
         return self._state
@@ -295,6 +305,8 @@ class Simulator:
         self._back_slot, self._back_s = NO_SLOTS, NO_TIMES  # outputs on their way back
         self._in_flight = np.zeros(self.batch, dtype=np.int64)
         self._probing = np.zeros((self.batch, self._chain.n_hops), dtype=bool)
+        # When the newest frame of each hop arrives behind it, from now; used where delays vary.
+        self._due_s = np.full((self.batch, self._chain.n_hops), -np.inf)
 
     def close(self) -> None:
         """Nothing to release; here because a `System` has it."""
@@ -361,8 +373,22 @@ class Simulator:
             mine = slot[hop == h]
             flows[2 * h + 1].append((mine, np.zeros(len(mine))))
 
+    def _delays(self, conditions: IntervalConditions, dt: float) -> Delays | None:
+        """The delays of an interval of length `dt`; None where they are constant."""
+        if self._pings is None:
+            return None
+        substep_s = self._conditions.substep_s
+        self._pings.send(conditions.hop_delay_s, substep_s, self.time_s, dt)
+        return Delays(conditions.hop_delay_s, substep_s, self._due_s)
+
     def _advance(
-        self, rates: list[Rates], dt: float, flows: Flows, record: IntervalRecord, new: Arrivals
+        self,
+        rates: list[Rates],
+        delays: Delays | None,
+        dt: float,
+        flows: Flows,
+        record: IntervalRecord,
+        new: Arrivals,
     ) -> Completed | None:
         """Serve all stations for `dt` and account for it in `record`.
 
@@ -372,6 +398,9 @@ class Simulator:
         done = [(self._back_slot, self._back_s)]
         self._measured: list[Measured] = []
         self._backlog: list[F64] = []
+        self._rtt_s = self._state.rtt_s
+        if self._pings is not None:
+            self._rtt_s = self._pings.rtt_s(self.time_s + dt, self._rtt_s)
         for s, station in enumerate(self._stations):
             left = station.serve(store, flows[s], rates[s], dt)
             self._backlog.append(left.backlog)
@@ -380,50 +409,36 @@ class Simulator:
             k = s // 2
             if s % 2:
                 record.hop_transmit_s[:, k] = left.busy_s
-                rtt_s = float(chain.rtt_s[k])
-                self._measured.append(measure(store, s, left, dt, self.batch, rtt_s))
-                slot, depart = self._without_probes(left, k)
+                self._measured.append(measure(store, s, left, dt, self._rtt_s[:, k]))
+                if delays is None:
+                    arrive = left.depart_s + chain.lag_s[k]
+                else:
+                    arrive = delays.arrive(k, left) + chain.overhead_s[k]
+                slot, arrive = self._without_probes(left, arrive, k)
                 runs = store.work[s + 1].take(slot) >= 0.0
                 # The last node always has work, so what is relayed has a hop ahead.
                 relay = flows[s + 2] if s + 2 < len(flows) else flows[s + 1]
-                self._route(slot, depart + chain.lag_s[k], runs, flows[s + 1], relay)
+                route(slot, arrive, runs, flows[s + 1], relay)
                 continue
             record.node_active_s[:, k], record.node_busy_s[:, k] = left.spent, left.busy_s
             ends: list[tuple[I64, F64]] = [(left.slot, left.depart_s)]
             if s + 1 < len(flows):
                 ends.clear()
                 crosses = store.work[s + 1].take(left.slot) >= 0.0
-                self._route(left.slot, left.depart_s, crosses, flows[s + 1], ends)
+                route(left.slot, left.depart_s, crosses, flows[s + 1], ends)
             for slot, depart in ends:
-                back = chain.return_s(rates, k, store.env.take(slot), depart)
+                back = chain.return_s(rates, delays, k, store.env.take(slot), depart)
                 done.append((slot, depart + back))
         return self._finish(done, dt, record, new)
 
-    def _route(
-        self,
-        slot: I64,
-        time_s: F64,
-        yes: NDArray[np.bool_],
-        there: list[tuple[I64, F64]],
-        elsewhere: list[tuple[I64, F64]],
-    ) -> None:
-        """Add requests and their times to one list or the other."""
-        chosen = np.flatnonzero(yes)
-        if len(chosen) == len(yes):
-            there.append((slot, time_s))
-            return
-        there.append((slot.take(chosen), time_s.take(chosen)))
-        others = np.flatnonzero(~yes)
-        elsewhere.append((slot.take(others), time_s.take(others)))
-
-    def _without_probes(self, left: Departures, hop: int) -> tuple[I64, F64]:
-        """Slots and departures of the requests among `left`; probes end here."""
+    def _without_probes(self, left: Departures, arrive_s: F64, hop: int) -> tuple[I64, F64]:
+        """Slots and arrivals behind the hop of the requests among `left`; probes end here."""
         if not self._probing[:, hop].any():
-            return left.slot, left.depart_s
+            return left.slot, arrive_s
         probe = self._store.is_probe.take(left.slot)
         self._probing[left.env[probe], hop] = False
         rest = np.flatnonzero(~probe)
-        return left.slot.take(rest), left.depart_s.take(rest)
+        return left.slot.take(rest), arrive_s.take(rest)
 
     def _finish(
         self, ends: list[tuple[I64, F64]], dt: float, record: IntervalRecord, new: Arrivals
@@ -442,6 +457,8 @@ class Simulator:
         if self.record_requests:
             completed = rows(self._store, done[0], self.time_s + done[1])
         self._compact()
+        if self._pings is not None:
+            self._due_s -= dt
         self.time_s += dt
         return completed
 
@@ -473,7 +490,7 @@ class Simulator:
         self._state = SystemState(
             bytes_per_s=np.where(overdue, bound, rate),
             bandwidth_age_s=np.where(overdue, 0.0, age),
-            rtt_s=old.rtt_s,
+            rtt_s=self._rtt_s,
             node_load=1.0 - conditions.node_speed[:, :, -1],
             node_backlog_s=np.stack(self._backlog[0::2], axis=1),
             hop_backlog_bytes=np.stack(self._backlog[1::2], axis=1),

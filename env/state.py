@@ -34,7 +34,7 @@ class SystemState:
     Attributes:
         bytes_per_s: [B, H] bandwidth as last measured from frames or probes.
         bandwidth_age_s: [B, H] age of that measurement.
-        rtt_s: [B, H] round-trip time of an empty frame.
+        rtt_s: [B, H] round-trip time of an empty frame, as last measured (by pings).
         node_load: [B, N] share of the CPU taken by others, 0..0.9.
         node_backlog_s: [B, N] unloaded seconds of work queued or running.
         hop_backlog_bytes: [B, H] bytes handed to the hop and not yet received behind it.

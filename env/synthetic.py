@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from env.conditions import BYTES_PER_S_PER_MBPS, process_mean
+from env.conditions import BYTES_PER_S_PER_MBPS, mean_delay_s, process_mean
 from env.scenario import Scenario
 from executor.energy import device_power
 from executor.errors import ConfigError
@@ -158,7 +158,7 @@ def synthetic_profile(
         hops=tuple(
             HopModel(
                 bytes_per_s=process_mean(hop.bandwidth) * BYTES_PER_S_PER_MBPS,
-                rtt_s=2.0 * hop.one_way_delay_s,
+                rtt_s=2.0 * mean_delay_s(hop),
                 frame_overhead_s=FRAME_OVERHEAD_S,
             )
             for hop in scenario.hops

@@ -14,14 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from executor._outbox import Outbox, Parts
-from executor.link import ClockOffset, PassiveEstimator
+from executor.link import PING_PERIOD_S, ClockOffset, PassiveEstimator
 from executor.wire import Header, HopStamp, Kind, StageStamp, array_body, pack
 
 __all__ = ["Hop", "Parts", "ProbeRun", "localise"]
 
 Key = tuple[bytes, int, int]
 
-_PING_PERIOD_S = 0.5
 _FIRST_PINGS = 8
 _FIRST_PING_PERIOD_S = 0.05
 _PING_LOST_S = 1.0
@@ -244,7 +243,7 @@ class Hop:
             # Late behind a backlog, or lost with a connection: the node may be back by now.
             return self._ping_sent_s + _PING_LOST_S
         early = self._pings < _FIRST_PINGS
-        return self._ping_sent_s + (_FIRST_PING_PERIOD_S if early else _PING_PERIOD_S)
+        return self._ping_sent_s + (_FIRST_PING_PERIOD_S if early else PING_PERIOD_S)
 
     def tick(self, now_s: float) -> ProbeRun | None:
         """Send a ping when one is due; returns a probe that got no answer and was given up."""

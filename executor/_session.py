@@ -46,7 +46,11 @@ __all__ = ["Session"]
 _log = logging.getLogger(__name__)
 
 _TICK_MS = 50
-_FAILURES: dict[str, type[RequestError]] = {"timeout": RequestTimeout, "refused": RequestRefused}
+_FAILURES: dict[str, type[RequestError]] = {
+    "timeout": RequestTimeout,
+    "refused": RequestRefused,
+    "draining": RequestRefused,
+}
 
 _Json = dict[str, Any]
 

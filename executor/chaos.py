@@ -304,7 +304,7 @@ def _tables(report: Report) -> list[Table]:
         f"{_pair(recovery['around_excess_s'])} (bound {AROUND_BOUND_S:g})",
         f"{_pair(recovery['normal_s'])} (bound {NORMAL_BOUND_S:g})",
     )
-    totals = Table(title="requests")
+    totals = Table("requests", "number")
     row = {
         "submitted": sum(report.ends.values()),
         "completed": report.ends.get("completed", 0),
@@ -315,9 +315,8 @@ def _tables(report: Report) -> list[Table]:
         "wrong": report.ends.get("wrong", 0),
         "unaccounted": report.unaccounted,
     }
-    for column in row:
-        totals.add_column(column, justify="right")
-    totals.add_row(*map(str, row.values()))
+    for what, number in row.items():
+        totals.add_row(what, str(number))
     return [faults, totals]
 
 

@@ -68,6 +68,7 @@ class NodeConfig:
         device: Device class, which picks the power figures ("pi4", "laptop", "server", ...).
         torch_device: "cpu" or "cuda".
         allow: Names of the keys it accepts; empty for the default, see `Cluster.allowed`.
+        metrics_port: TCP port of `/metrics` and `/healthz`; 0 for none.
     """
 
     name: str
@@ -78,6 +79,7 @@ class NodeConfig:
     device: str = "laptop"
     torch_device: str = "cpu"
     allow: tuple[str, ...] = ()
+    metrics_port: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not KEY_NAME.fullmatch(self.name):
@@ -90,7 +92,7 @@ class NodeConfig:
                 raise ConfigError(
                     f"node {self.name}: {field} must be a string, got {getattr(self, field)!r}"
                 )
-        for field in ("port", "connect_port"):
+        for field in ("port", "connect_port", "metrics_port"):
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 65535:
                 raise ConfigError(f"node {self.name}: {field} must be in 0..65535, got {value!r}")
@@ -336,6 +338,8 @@ class Cluster:
             lines += ["", "[[nodes]]", f"name = {_quote(node.name)}", f"host = {_quote(node.host)}"]
             lines += [f"port = {node.port}", f"device = {_quote(node.device)}"]
             lines.append(f"torch_device = {_quote(node.torch_device)}")
+            if node.metrics_port:
+                lines.append(f"metrics_port = {node.metrics_port}")
             if (node.connect_host, node.connect_port) != (node.host, node.port):
                 connect = f"{_bracket(node.connect_host)}:{node.connect_port}"
                 lines.append(f"connect = {_quote(connect)}")
@@ -363,7 +367,7 @@ def is_loopback(host: str) -> bool:
 def _node(raw: dict[str, Any]) -> NodeConfig:
     """Build a node from its TOML table."""
     where = f"node {raw.get('name', '?')}"
-    known = {"name", "host", "port", "device", "torch_device", "connect", "allow"}
+    known = {"name", "host", "port", "device", "torch_device", "connect", "allow", "metrics_port"}
     _known(raw, known, where)
     missing = sorted({"name", "host", "port"} - raw.keys())
     if missing:

@@ -18,6 +18,7 @@ from executor.profile import HopModel
 __all__ = ["ClockOffset", "HopEstimate", "PassiveEstimator", "two_point"]
 
 MIN_FRAME_BYTES = 16 * 1024
+PING_PERIOD_S = 0.5
 RTT_WINDOW_S = 10.0
 MIN_SERVICE_S = 1e-6
 CLOCK_STEP_S = 1e-6  # clocks read that close together may seem to run backwards

@@ -1,11 +1,13 @@
 """One node of the chain: `python -m executor.node --role fog --cluster cluster.toml`.
 
-One thread moves frames, one computes. Prints "READY port" once it serves; ends with 0 on SIGTERM
-or SIGINT, and with 2 and one line on stderr when its settings are wrong.
+One thread moves frames, one computes. Prints "READY port" once it serves; ends with 0: on SIGTERM
+after it has finished what it had taken, on SIGINT or a second SIGTERM at once. Ends with 2 and one
+line on stderr when its settings are wrong.
 """
 
 from __future__ import annotations
 
+import argparse
 import collections
 import contextlib
 import json
@@ -18,6 +20,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, TimeoutError
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +29,9 @@ import zmq
 
 from executor._compute import ComputeThread, FairQueue, Outcome
 from executor._hop import Hop, Parts
+from executor._http import add_metrics_arguments
 from executor._load import HostLoad
-from executor._nodecore import CoreConfig, NodeCore
+from executor._nodecore import CoreConfig
 from executor._sockets import (
     HandshakeMonitor,
     authenticate,
@@ -36,20 +40,26 @@ from executor._sockets import (
     link_changes,
     watch_link,
 )
+from executor._watched import WatchedCore
 from executor.arguments import Parser
 from executor.cluster import Cluster, NodeConfig
 from executor.energy import best_meter
 from executor.errors import ConfigError
+from executor.logs import add_log_arguments, configure_logging
 from executor.model import build_chain, sample_input
 from executor.pacing import LoadTrace, Pacer
 
 __all__ = ["Node", "main"]
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("executor.node")  # also where it is __main__
 
 _MAX_WAIT_MS = 100
 _MESSAGES_PER_TURN = 16
 _END_WAIT_S = 5.0
+_DRAIN_S = 10.0
+# A drained node stays for a moment: its last answers leave, and late requests are told why.
+_DRAIN_REST_S = 0.2
+_LINGER_MS = 1000
 
 
 class _Dialled:
@@ -105,6 +115,9 @@ class Node:
         self._pacer = Pacer(ratio)
         self._host_load = HostLoad()
         self._stopping = False
+        self._drain_until_s: float | None = None
+        self._busy_s = 0.0
+        self._questions: collections.deque[Future[dict[str, Any]]] = collections.deque()
         self._router: zmq.Socket[bytes] | None = None
         self._dialled: list[_Dialled] = []
         self._compute: ComputeThread | None = None
@@ -153,7 +166,7 @@ class Node:
                 peer_rate_rps=cluster.peer_rate_rps,
                 direct=cluster.direct_links.get(index),
             )
-            self._core = NodeCore(core_config, self._jobs, self._measure, meter)
+            self._core = WatchedCore(core_config, self._jobs, self._measure, meter)
             self._links: list[tuple[_Dialled, Hop]] = list(
                 zip(self._dialled, self._core.links, strict=True)
             )
@@ -166,7 +179,7 @@ class Node:
             raise
 
     def serve(self, control_fd: int | None = None) -> None:
-        """Move frames until `stop`, or until `control_fd` (JSON lines) ends."""
+        """Move frames until `stop`, the end of `drain`, or the end of `control_fd` (JSON lines)."""
         poller = zmq.Poller()
         handshakes = self._handshakes.socket if self._handshakes is not None else None
         for source in (self._router, self._wake_read, handshakes, control_fd):
@@ -188,11 +201,38 @@ class Node:
                 for line in lines:
                     self._control(line)
             self._turn()
+            if self._drain_until_s is not None and self._drain_over(time.monotonic()):
+                return
 
     def stop(self) -> None:
         """Let `serve` return; may be called from a signal handler or another thread."""
         self._stopping = True
         self._wake()
+
+    def drain(self, deadline_s: float) -> None:
+        """Refuse new requests, finish those taken, for at most so long, then let `serve` return.
+
+        May be called from a signal handler or another thread; a second call ends at once.
+        """
+        if self._drain_until_s is not None:
+            self.stop()
+            return
+        self._drain_until_s = time.monotonic() + deadline_s
+        self._core.draining = True
+        self._wake()
+
+    def facts(self, timeout_s: float = 1.0) -> dict[str, Any] | None:
+        """What the node knows of itself now (`NodeCore.facts`); from any thread.
+
+        None if the loop did not answer in `timeout_s`: it has ended, or is stuck.
+        """
+        question: Future[dict[str, Any]] = Future()
+        self._questions.append(question)
+        self._wake()
+        try:
+            return question.result(timeout_s)
+        except TimeoutError:
+            return None
 
     def close(self) -> bool:
         """Close every socket; returns whether the compute thread has ended too."""
@@ -200,7 +240,8 @@ class Node:
         for end in self._dialled:
             end.close()
         if self._router is not None:
-            self._router.close(0)
+            # What was answered last may still be on its way.
+            self._router.close(0 if self._drain_until_s is None else _LINGER_MS)
         if self._handshakes is not None:
             self._handshakes.close()
         if self._auth is not None:
@@ -245,6 +286,19 @@ class Node:
                 end.renew()
                 self._feed(self._core.on_link, link, False)
         self._core.stuck.clear()
+        while self._questions:
+            self._questions.popleft().set_result(self._core.facts(time.monotonic()))
+
+    def _drain_over(self, now_s: float) -> bool:
+        """Whether what was taken is finished, or the deadline has passed."""
+        assert self._drain_until_s is not None
+        if not self._core.drained or not self._busy_s:
+            self._busy_s = now_s
+        if now_s >= self._drain_until_s:
+            left = self._core.facts(now_s)["open_requests"]
+            _log.warning("drain: out of time with %d requests open", left, extra={"open": left})
+            return True
+        return now_s - self._busy_s >= _DRAIN_REST_S
 
     def _feed(self, handle: Callable[..., None], *event: object, **more: object) -> None:
         """Hand one event to the core and send what it leaves."""
@@ -308,6 +362,47 @@ class Node:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a node; returns the exit code."""
+    args = _parser().parse_args(argv)
+    configure_logging(args, node=args.role)
+    with contextlib.ExitStack() as stack:
+        try:
+            cluster = Cluster.load(args.cluster)
+            threads = args.threads if args.threads is not None else cluster.threads
+            if threads is not None:
+                if threads < 1:
+                    raise ConfigError(f"--threads must be a positive count, got {threads}")
+                torch.set_num_threads(threads)
+            if not args.drain_s >= 0:
+                raise ConfigError(f"--drain-s must be >= 0, got {args.drain_s}")
+            watch = _monitor(args, cluster, stack)
+            node = Node(
+                cluster,
+                args.role,
+                torch_device=args.device,
+                ratio=args.ratio,
+                insecure=args.insecure,
+            )
+        except ConfigError as error:
+            print(f"executor.node: {error}", file=sys.stderr)
+            return 2
+        signal.signal(signal.SIGTERM, lambda *_: node.drain(args.drain_s))
+        signal.signal(signal.SIGINT, lambda *_: node.stop())
+        watch(node)
+        print(f"READY {node.port}", flush=True)
+        _log.info("serving on port %d", node.port, extra={"port": node.port})
+        try:
+            node.serve(sys.stdin.fileno() if args.control_stdin else None)
+        finally:
+            ended = node.close()
+        _log.info("ended")
+    if not ended:
+        # A stage still runs; leaving the interpreter under torch's feet could crash it.
+        sys.stderr.flush()
+        os._exit(0)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m executor.node", description=__doc__)
     parser.add_argument("--role", required=True, help="this node's name in the cluster file")
     parser.add_argument("--cluster", required=True, type=Path, help="cluster.toml")
@@ -318,37 +413,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--control-stdin", action="store_true", help="take load changes on stdin; end with it"
     )
-    args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(message)s")
-    try:
-        cluster = Cluster.load(args.cluster)
-        threads = args.threads if args.threads is not None else cluster.threads
-        if threads is not None:
-            if threads < 1:
-                raise ConfigError(f"--threads must be a positive count, got {threads}")
-            torch.set_num_threads(threads)
-        node = Node(
-            cluster,
-            args.role,
-            torch_device=args.device,
-            ratio=args.ratio,
-            insecure=args.insecure,
-        )
-    except ConfigError as error:
-        print(f"executor.node: {error}", file=sys.stderr)
-        return 2
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: node.stop())
-    print(f"READY {node.port}", flush=True)
-    try:
-        node.serve(sys.stdin.fileno() if args.control_stdin else None)
-    finally:
-        ended = node.close()
-    if not ended:
-        # A stage still runs; leaving the interpreter under torch's feet could crash it.
-        sys.stderr.flush()
-        os._exit(0)
-    return 0
+    parser.add_argument(
+        "--drain-s", type=float, default=_DRAIN_S, help="seconds to finish in on SIGTERM (10)"
+    )
+    add_metrics_arguments(parser, "cluster file's, else off")
+    add_log_arguments(parser)
+    return parser
+
+
+def _monitor(
+    args: argparse.Namespace, cluster: Cluster, stack: contextlib.ExitStack
+) -> Callable[[Node], None]:
+    """Serve metrics where a port is given; returns what to tell the node to."""
+    index = cluster.index(args.role)
+    port = args.metrics_port if args.metrics_port is not None else cluster.nodes[index].metrics_port
+    if not port:
+        return lambda node: None
+    from executor.metrics import NodeMonitor  # what only a watched node needs
+
+    following = [node.name for node in cluster.nodes[index + 1 : index + 2]]
+    monitor = NodeMonitor(args.role, "".join(following), args.metrics_host, port)
+    return stack.enter_context(monitor).watch
 
 
 def _receive(source: zmq.Socket[bytes] | None) -> Parts | None:

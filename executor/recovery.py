@@ -32,7 +32,7 @@ SILENT_AFTER_S = 0.7
 _GREET_PERIOD_S = 0.2
 # After so many losses at one node a request looks for a way around it, whatever its heartbeats say.
 _LOSSES = 2
-_RETRYABLE = frozenset({"hop_down", "lost", "damaged", "wrong_model"})
+_RETRYABLE = frozenset({"hop_down", "lost", "damaged", "wrong_model", "draining"})
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class Recovery:
         Args:
             seq: The request.
             tries: The try; an error of an older one is nobody's concern any more.
-            code: The node's code; "hop_down", "lost", "damaged" and "wrong_model" are tried again.
+            code: The node's code; those of `_RETRYABLE` are tried again.
             reason: The node's words.
             node: The node that says so.
             to: The node it could not reach, or itself.
@@ -207,14 +207,16 @@ class Recovery:
         """
         if code == "hop_down":
             self._broken.add((node, to))
-        elif code == "wrong_model":
+        elif code in ("wrong_model", "draining"):
             self._nodes[node].accepted = ""
         request = self._open.get(seq)
         if request is not None and request.plan is not None and request.tries == tries:
             request.reason = reason
-            if code not in _RETRYABLE:
+            # Nothing leads around the first node: where it drains, the caller has to know.
+            ended = code == "draining" and node == 0
+            if ended or code not in _RETRYABLE:
                 self._end(seq)
-                return [Fail(seq, "refused" if code == "refused" else "failed", reason)]
+                return [Fail(seq, "refused" if ended or code == "refused" else "failed", reason)]
             request.plan = None
             request.losses[to] = request.losses.get(to, 0) + 1
             if to > 0 and request.losses[to] >= _LOSSES:

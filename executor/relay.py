@@ -9,6 +9,7 @@ Commands are JSON lines on stdin; the end of stdin ends the process:
     {"hop": 0, "listen": 0, "target": "127.0.0.1:5000", "mbps": 40, "delay_s": 0.005}
     {"hop": 0, "mbps": 5}      {"hop": 0, "delay_s": 0.02}      {"hop": 0, "cut": true}
     {"hop": 0, "trace": {"t0": 1234.5, "dt_s": 1.0, "mbps": [40, 0, 5]}}
+    {"hop": 0, "delay_trace": {"t0": 1234.5, "dt_s": 1.0, "delay_s": [0.02, 0.1]}}
     {"hop": 0, "flip_bytes": 500000}
 
 A new hop is answered with {"ready": 0, "port": 40001}, a bad command with {"error": "..."}.
@@ -34,7 +35,7 @@ from typing import Any
 
 from executor.arguments import Parser
 from executor.errors import ConfigError
-from executor.shaping import RateTrace, SerialLink, check_delay
+from executor.shaping import DelayTrace, RateTrace, SerialLink, check_delay
 
 __all__ = ["RelayServer", "main"]
 
@@ -45,6 +46,7 @@ MIN_PIECE_BYTES = 1460
 PIECE_S = 0.001
 # Bytes that were held back by the window and read late count as having waited, up to this long.
 CATCH_UP_S = 0.02
+_SETTINGS = {"listen", "target", "mbps", "delay_s", "trace", "delay_trace", "cut", "flip_bytes"}
 
 
 class _Flow:
@@ -252,8 +254,7 @@ class RelayServer:
             raise ConfigError(f'a relay command needs a whole number under "hop", got {message!r}')
         index = message["hop"]
         settings = {key: value for key, value in message.items() if key != "hop"}
-        known = {"listen", "target", "mbps", "delay_s", "trace", "cut", "flip_bytes"}
-        unknown = settings.keys() - known
+        unknown = settings.keys() - _SETTINGS
         if unknown:
             raise ConfigError(f"relay command for hop {index}: unknown settings {sorted(unknown)}")
         try:
@@ -302,7 +303,13 @@ class RelayServer:
             trace = RateTrace.from_samples(float(samples["t0"]), float(samples["dt_s"]), rates)
         elif "mbps" in settings:
             trace = RateTrace.constant(float(settings["mbps"]))
-        delay_s = check_delay(settings["delay_s"]) if "delay_s" in settings else None
+        delay: DelayTrace | None = None
+        if "delay_trace" in settings:
+            samples = settings["delay_trace"]
+            delays = [float(delay_s) for delay_s in samples["delay_s"]]
+            delay = DelayTrace.from_samples(float(samples["t0"]), float(samples["dt_s"]), delays)
+        elif "delay_s" in settings:
+            delay = DelayTrace.constant(float(settings["delay_s"]))
         flip_bytes = float(settings.get("flip_bytes", hop.damage.flip_bytes))
         if not (math.isfinite(flip_bytes) and flip_bytes >= 0):
             raise ConfigError(f"hop {index}: flip_bytes must be >= 0, got {flip_bytes}")
@@ -310,8 +317,8 @@ class RelayServer:
         for link in hop.links:
             if trace is not None:
                 link.set_trace(time.monotonic(), trace)
-            if delay_s is not None:
-                link.delay_s = delay_s
+            if delay is not None:
+                link.delay = delay
         if "cut" in settings:
             hop.cut = bool(settings["cut"])
             if hop.cut:

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 from executor.errors import ConfigError
 from executor.pacing import StepTrace
 
-__all__ = ["BYTES_PER_MBIT", "RateTrace", "SerialLink", "check_delay"]
+__all__ = ["BYTES_PER_MBIT", "DelayTrace", "RateTrace", "SerialLink", "check_delay"]
 
 BYTES_PER_MBIT = 125_000.0
 
@@ -44,6 +44,29 @@ class RateTrace(StepTrace):
         return cls(t0_s, dt_s, [rate * BYTES_PER_MBIT for rate in mbps])
 
 
+class DelayTrace(StepTrace):
+    """A link's one-way delay over time, in seconds."""
+
+    @classmethod
+    def constant(cls, delay_s: float) -> DelayTrace:
+        """The same delay at all times.
+
+        Raises:
+            ConfigError: It is negative or not finite.
+        """
+        return cls(0.0, 1.0, [check_delay(delay_s)])
+
+    @classmethod
+    def from_samples(cls, t0_s: float, dt_s: float, delay_s: Sequence[float]) -> DelayTrace:
+        """One delay per step of `dt_s` from `t0_s` on; the last one holds.
+
+        Raises:
+            ConfigError: No samples, a step that is not positive, or a delay that is negative or
+                not finite.
+        """
+        return cls(t0_s, dt_s, [check_delay(value) for value in delay_s])
+
+
 class SerialLink(Generic[T]):
     """One direction of a hop: a single server with propagation. No sockets, no clock.
 
@@ -53,12 +76,13 @@ class SerialLink(Generic[T]):
 
     Attributes:
         queued_bytes: Bytes of the pieces that have not wholly left.
-        delay_s: One-way propagation; a change counts for the pieces that leave from then on.
+        delay: One-way propagation over time; a change counts for the pieces that leave from then
+            on.
     """
 
     def __init__(self, trace: RateTrace, delay_s: float) -> None:
         self.queued_bytes = 0
-        self.delay_s = delay_s
+        self.delay = DelayTrace.constant(delay_s)
         self._trace = trace
         self._waiting: deque[tuple[float, int, T]] = deque()
         self._flying: deque[tuple[float, T]] = deque()
@@ -89,7 +113,7 @@ class SerialLink(Generic[T]):
             _, n_bytes, piece = self._waiting.popleft()
             self.queued_bytes -= n_bytes
             self._free_s = self._head_end_s
-            self._due_s = max(self._due_s, self._free_s + self.delay_s)
+            self._due_s = max(self._due_s, self._free_s + self.delay.value_at(self._free_s))
             self._flying.append((self._due_s, piece))
             self._begin()
 

@@ -24,7 +24,7 @@ from executor.child import Child
 from executor.cluster import Cluster, DirectLink, NodeConfig
 from executor.errors import ConfigError, HandshakeError
 from executor.pacing import LoadTrace, Pacer
-from executor.shaping import RateTrace, check_delay
+from executor.shaping import DelayTrace, RateTrace, check_delay
 
 if TYPE_CHECKING:
     from executor.client import Client
@@ -169,6 +169,17 @@ class Relay:
             HandshakeError: The relay has ended.
         """
         self._send(hop, delay_s=check_delay(delay_s))
+
+    def play_delay(self, hop: int, t0_s: float, dt_s: float, delay_s: Sequence[float]) -> None:
+        """Let a hop's one-way delay follow a trace, in seconds; else as `play_rate`.
+
+        Raises:
+            ConfigError: No such hop, or a delay is negative or not finite.
+            HandshakeError: The relay has ended.
+        """
+        delays = [float(value) for value in delay_s]
+        DelayTrace.from_samples(t0_s, dt_s, delays)
+        self._send(hop, delay_trace={"t0": float(t0_s), "dt_s": float(dt_s), "delay_s": delays})
 
     def set_cut(self, hop: int, cut: bool) -> None:
         """Drop a hop's connections and all new ones (true), or let them in again (false).
@@ -356,6 +367,10 @@ class Testbed:
     def set_delay(self, hop: int, delay_s: float) -> None:
         """Change a hop's one-way delay (see `Relay.set_delay`)."""
         self._relay.set_delay(hop, delay_s)
+
+    def play_delay(self, hop: int, t0_s: float, dt_s: float, delay_s: Sequence[float]) -> None:
+        """Let a hop's one-way delay follow a trace (see `Relay.play_delay`)."""
+        self._relay.play_delay(hop, t0_s, dt_s, delay_s)
 
     def set_cut(self, hop: int, cut: bool) -> None:
         """Cut a hop, or mend it (see `Relay.set_cut`)."""

@@ -13,21 +13,28 @@ class Item:
     """A request or probe of the reference simulation."""
 
     arrival_s: float
-    route: list  # (station, work, seconds until the next station after service)
+    route: list  # (station, work, overhead until the next station after service)
     back: list = field(default_factory=list)  # hops the output returns over
     service: dict = field(default_factory=dict)  # station -> (arrive, start, end)
     completion_s: float = float("nan")
 
 
 class Reference:
-    """One environment, event by event; rates are lists of (start time, rate), held at the end."""
+    """One environment, event by event; rates and delays per sub-step, held at the end."""
 
-    def __init__(self, profile, scenario, rates, substep_s):
+    def __init__(self, profile, scenario, rates, substep_s, delays=None):
         self.profile, self.scenario = profile, scenario
         self.rates, self.substep_s = rates, substep_s
+        self.delays = delays
+        if delays is None:
+            self.delays = [[hop.one_way_delay_s] for hop in scenario.hops]
 
     def rate(self, station, t):
         series = self.rates[station]
+        return series[min(int(t / self.substep_s + 1e-12), len(series) - 1)]
+
+    def delay(self, hop, t):
+        series = self.delays[hop]
         return series[min(int(t / self.substep_s + 1e-12), len(series) - 1)]
 
     def finish(self, station, start, work):
@@ -62,30 +69,35 @@ class Reference:
                 seconds = sum(profile.nodes[k].unit_s[bounds[k] : bounds[k + 1]])
                 route.append((2 * k, seconds + profile.nodes[k].stage_overhead_s, 0.0))
             if k < len(cuts) and cuts[k] < n:
-                lag = self.scenario.hops[k].one_way_delay_s + profile.hops[k].frame_overhead_s
-                route.append((2 * k + 1, float(SPEC.cut_bytes[cuts[k]]), lag))
+                overhead = profile.hops[k].frame_overhead_s
+                route.append((2 * k + 1, float(SPEC.cut_bytes[cuts[k]]), overhead))
                 back.append(k)
         return Item(arrival_s, route, back)
 
     def run(self, items):
         free = dict.fromkeys(range(len(self.rates)), 0.0)
+        due = dict.fromkeys(range(len(self.rates)), 0.0)
         heap = [(item.arrival_s, i, 0, item) for i, item in enumerate(items)]
         heapq.heapify(heap)
         while heap:
             t, i, step, item = heapq.heappop(heap)
             if step == len(item.route):
                 item.completion_s = t + sum(
-                    self.scenario.hops[h].one_way_delay_s
+                    self.delay(h, t)
                     + SPEC.cut_bytes[-1] / max(self.rate(2 * h + 1, t), REPLY_RATE_FLOOR)
                     for h in item.back
                 )
                 continue
-            station, work, lag = item.route[step]
+            station, work, overhead = item.route[step]
             start = max(t, free[station])
             end = free[station] = self.finish(station, start, work)
             item.service[station] = (t, start, end)
             if end < float("inf"):
-                heapq.heappush(heap, (end + lag, i, step + 1, item))
+                next_s = end
+                if station % 2:  # propagation, in the order sent
+                    due[station] = max(due[station] + 1e-9, end + self.delay(station // 2, end))
+                    next_s = due[station] + overhead
+                heapq.heappush(heap, (next_s, i, step + 1, item))
 
 
 def overlap(a, b, t0, t1):

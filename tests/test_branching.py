@@ -10,6 +10,7 @@ from toy_chain import random_cuts, toy_profile, toy_scenario
 
 from env.conditions import Conditions, IntervalConditions, SharedConditions
 from env.predict import CostModel
+from env.scenario import HopSetup, Process
 from env.simulator import Simulator
 from env.tape import Tape, record_conditions
 from executor.errors import ConfigError
@@ -19,6 +20,12 @@ BATCH = 5
 
 def toy_model(n_nodes=3, **changes):
     return CostModel(toy_profile(n_nodes), toy_scenario(n_nodes, outage_mbps=0.5, **changes))
+
+
+def varying_delays(n_nodes):
+    delay = Process("markov", (0.01, 0.3, 0.8), dwell_s=0.6)
+    hops = toy_scenario(n_nodes, outage_mbps=0.5).hops
+    return {"hops": tuple(HopSetup(hop.bandwidth, delay) for hop in hops)}
 
 
 def tape_of(model, n_intervals, batch=BATCH, seed=3):
@@ -94,9 +101,13 @@ def test_a_tape_plays_the_very_conditions_it_recorded(interval_s, copies):
     before=st.integers(0, 12),
     after=st.integers(0, 6),
     record=st.booleans(),
+    delays=st.booleans(),
 )
-def test_a_restored_branch_goes_on_bit_by_bit(seed, n_nodes, interval_s, before, after, record):
-    model = toy_model(n_nodes, interval_s=interval_s, max_in_flight=8)
+def test_a_restored_branch_goes_on_bit_by_bit(
+    seed, n_nodes, interval_s, before, after, record, delays
+):
+    changes = varying_delays(n_nodes) if delays else {}
+    model = toy_model(n_nodes, interval_s=interval_s, max_in_flight=8, **changes)
     tape = tape_of(model, before + after, seed=seed)
     original = tape_simulator(model, tape, record_requests=record)
     branch = tape_simulator(model, tape, record_requests=record)

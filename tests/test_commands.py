@@ -53,7 +53,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("trained")
     before = children_of_tests()
     args = [
-        "train.py", "--model", "alexnet", "--steps", "8192", "--online-steps", "3",
+        "train.py", "--model", "alexnet", "--rounds", "1", "--steps", "8192", "--online-steps", "3",
         "--live-intervals", "2", "--checkpoint", str(directory / "alexnet"),
         "--runs", str(directory / "runs"),
     ]  # fmt: skip
@@ -154,6 +154,8 @@ BAD = [
     (deploy.main, ["--controller", "edge", "--source", "/nowhere"], "folder of images"),
     (evaluate.main, ["--model", "lenet"], "unknown model 'lenet'"),
     (evaluate.main, ["--model", "alexnet", "--arms", "magic"], "magic"),
+    (evaluate.main, ["--model", "alexnet", "--split", "test"], "--traces DIR"),
+    (evaluate.main, ["--model", "alexnet", "--traces", "no-such-folder"], "no traces"),
     (evaluate.main, ["--model", "alexnet", "--seeds", "0"], "seeds"),
 ]
 

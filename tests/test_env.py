@@ -287,13 +287,14 @@ def test_another_rate_leaves_bandwidth_and_load_as_they_were():
 
 def test_conditions_play_traces(tmp_path):
     path = tmp_path / "t.csv"
-    path.write_text("s,mbps\n" + "".join(f"{t},{t + 1}\n" for t in range(20)))
-    hop = Process("trace", path=str(path), scale=2.0, minimum=5.0)
+    path.write_text("time_s,mbps\n" + "".join(f"{t},{t + 1}\n" for t in range(20)))
+    hop = Process("trace", path=str(path), scale=2.0, minimum=5.0, jitter=False)
     constant = Process(levels=(3.0,))
-    scenario = Scenario.load().replace(hops=(HopSetup(hop), HopSetup(constant)))
+    scenario = Scenario.load().replace(hops=(HopSetup(hop), HopSetup(constant)), substep_s=0.1)
     drawn = draw(scenario, np.ones(4), 0, 30)
     mbps = np.concatenate([c.hop_bytes_per_s for c in drawn], axis=2) * 8e-6
     np.testing.assert_allclose(mbps[:, 1], 3.0)
     allowed = np.maximum(2.0 * np.arange(1, 21), 5.0)
-    assert np.isclose(mbps[:, 0, :, None], allowed).any(axis=2).all()
-    np.testing.assert_allclose(mbps[:, 0, :10], mbps[:, 0, 20:])
+    # All but the sub-step that a sample ends in, one in ten.
+    assert np.isclose(mbps[:, 0, :, None], allowed).any(axis=2).mean() >= 0.9
+    np.testing.assert_allclose(mbps[:, 0, :100], mbps[:, 0, 200:])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import gymnasium
@@ -15,9 +16,10 @@ import pytest
 from stable_baselines3.common.env_checker import check_env
 
 from agents.nodes import random_inputs
+from env.conditions import Conditions
 from env.live import LiveSystem
 from env.predict import CostModel
-from env.scenario import Scenario
+from env.scenario import Process, Scenario
 from env.simulator import Simulator
 from env.state import Encoder, SystemState
 from env.synthetic import synthetic_profile
@@ -132,6 +134,31 @@ def test_conditions_are_those_of_the_simulator(model: CostModel) -> None:
         live.close()
     assert all(a == b for a, b in arrived) and sum(a for a, _ in arrived) > 10
     assert len(played) == 5 and all(len(v) >= 10 for v in played.values())
+
+
+def test_a_delay_that_varies_is_played_and_a_constant_one_is_not(model: CostModel) -> None:
+    played: dict[int, list[float]] = {}
+
+    class Recorder:
+        def play_rate(self, *_: Any) -> None: ...
+        def play_load(self, *_: Any) -> None: ...
+
+        def play_delay(self, hop: int, t0_s: float, dt_s: float, delay_s: Any) -> None:
+            assert t0_s > time.monotonic() and dt_s == 0.05
+            played[hop] = list(delay_s)
+
+    delay = Process("markov", (0.01, 0.05), dwell_s=0.2)
+    first, second = model.scenario.hops
+    hops = (first, replace(second, one_way_delay_s=delay))
+    varying = CostModel(model.profile, model.scenario.replace(hops=hops))
+    live = LiveSystem(varying, StandInClient(), lambda i: i, Recorder())
+    try:
+        live.reset(5)
+    finally:
+        live.close()
+    conditions = Conditions(varying.scenario, np.array([200.0]), 5)
+    drawn = [float(conditions.next().hop_delay_s[0, 1, 0]) for _ in range(10)]
+    assert list(played) == [1] and played[1][:10] == drawn and len(set(drawn)) == 2
 
 
 def test_one_encoder_for_simulator_and_nodes(model: CostModel) -> None:

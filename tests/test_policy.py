@@ -13,6 +13,7 @@ import torch
 from stable_baselines3 import PPO
 
 from agents.controllers import Solver
+from agents.hindsight import HindsightSettings
 from agents.policy import ResidualSolverPolicy, export_arrays, policy_kwargs
 from agents.runtime import Checkpoint, PolicyController, PolicyNetwork
 from agents.training import TrainingSettings, mean_cost, to_checkpoint, train_policy
@@ -26,7 +27,13 @@ from executor.errors import ConfigError
 from executor.model import model_spec
 
 TINY = TrainingSettings(
-    steps=2048, n_envs=32, rollout=16, batch_size=256, validation_envs=16, validate_every=1024
+    hindsight=HindsightSettings(rounds=1, n_envs=8, intervals=6),
+    steps=2048,
+    n_envs=32,
+    rollout=16,
+    batch_size=256,
+    validation_envs=16,
+    validate_every=1024,
 )
 
 
@@ -213,7 +220,7 @@ def test_checkpoint_round_trip_and_refusals(model: CostModel, tmp_path: Path) ->
     with pytest.raises(ConfigError, match="chooses among 45 plans"):
         PolicyController(loaded).reset(constrained, 1)
     (tmp_path / "policy.npz").write_bytes(b"not a zip")
-    with pytest.raises(ConfigError, match="not readable"):
+    with pytest.raises(ConfigError, match="damaged"):
         Checkpoint.load(tmp_path, "alexnet")
     meta = json.loads((tmp_path / "metadata.json").read_text())
     (tmp_path / "metadata.json").write_text(json.dumps({k: meta[k] for k in ("model",)}))

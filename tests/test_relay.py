@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from executor.child import Child
 from executor.errors import ConfigError, HandshakeError
 from executor.relay import RelayServer, _serve, main
-from executor.shaping import BYTES_PER_MBIT, RateTrace, SerialLink
+from executor.shaping import BYTES_PER_MBIT, DelayTrace, RateTrace, SerialLink
 from executor.testbed import Relay, TestbedHop
 
 DEADLINE_S = 20.0
@@ -65,7 +65,7 @@ def test_a_shorter_delay_does_not_reorder():
     link = SerialLink(RateTrace.constant(8.0), 1.0)
     link.offer(0.0, 1000, "a")
     assert link.take_due(0.002) == []
-    link.delay_s = 0.0
+    link.delay = DelayTrace.constant(0.0)
     link.offer(0.002, 1000, "b")
     assert drain(link) == [(pytest.approx(1.001), "a"), (pytest.approx(1.001), "b")]
 
@@ -182,6 +182,36 @@ def test_the_rate_and_the_delay_are_felt(hop):
     elapsed_s = time.monotonic() - start_s
     assert elapsed_s >= 0.39  # 0.2 s for the bytes, then 0.2 s under way; never faster
     assert elapsed_s < DEADLINE_S
+
+
+def test_a_played_delay_is_felt_and_order_is_kept(hop):
+    relay, near, far, _, _ = hop
+    # 0.5 s under way for what leaves within the first half second, nothing after.
+    t0_s = time.monotonic()
+    relay.play_delay(0, t0_s, 0.5, [0.5, 0.0])
+    near.sendall(b"first")
+    assert receive(far, 5) == b"first"
+    assert time.monotonic() - t0_s >= 0.5
+    start_s = time.monotonic()
+    near.sendall(b"second")
+    assert receive(far, 6) == b"second"
+    assert start_s - t0_s < DEADLINE_S
+    with pytest.raises(ConfigError, match="delay must be finite"):
+        relay.play_delay(0, 0.0, 1.0, [0.1, -0.1])
+    with pytest.raises(ConfigError, match="no hop 7"):
+        relay.play_delay(7, 0.0, 1.0, [0.1])
+
+
+def test_pieces_never_overtake_when_the_delay_falls():
+    link = SerialLink(RateTrace.constant(8.0), 0.0)  # 1 MB/s
+    link.delay = DelayTrace.from_samples(0.0, 0.1, [0.3, 0.0, 0.2])
+    for name, at_s in (("a", 0.05), ("b", 0.12), ("c", 0.25)):
+        link.offer(at_s, 1000, name)
+    link.take_due(0.3)
+    assert link.take_due(0.3509) == []
+    # a left at 0.051 and is due at 0.351; b, without delay, waits for it.
+    assert link.take_due(0.3511) == ["a", "b"]
+    assert link.take_due(0.4509) == [] and link.take_due(0.4511) == ["c"]
 
 
 def test_a_sender_feels_back_pressure(hop):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from agents.hindsight import HindsightSettings
 from agents.resume import ResumePoint
 from agents.training import TrainingResult, TrainingSettings, train_policy
 from env.predict import CostModel
@@ -23,6 +24,7 @@ from executor.model import model_spec
 
 # Episodes of 30 steps and rollouts of 16: a rollout begins in the middle of an episode.
 SETTINGS = TrainingSettings(
+    hindsight=HindsightSettings(rounds=1, n_envs=8, intervals=6),
     steps=4096, n_envs=32, rollout=16, batch_size=256, validation_envs=16, validate_every=1024,
     threads=1,
 )  # fmt: skip
@@ -45,8 +47,8 @@ def make_point(path: Path, settings: TrainingSettings = SETTINGS) -> ResumePoint
 def interrupt_after(rollouts: int):
     left = [rollouts]
 
-    def report(steps: int, best: float) -> None:
-        left[0] -= 1
+    def report(phase: str, done: int, total: int, best: float) -> None:
+        left[0] -= phase == "PPO"
         if left[0] < 0:
             raise Interrupted
 

@@ -8,16 +8,17 @@ from event_simulation import Item, Reference, overlap, union
 from toy_chain import SPEC, constant_scenario, random_cuts, toy_profile, toy_scenario
 
 from env._accounting import MEASURED_BYTES
-from env.conditions import Conditions
+from env.conditions import Conditions, mean_delay_s
 from env.cost import Cost, IntervalRecord
 from env.predict import CostModel
+from env.scenario import HopSetup, Process
 from env.simulator import DRAIN_DEADLINES, Simulator
 from executor.errors import ConfigError
 
 
-def rollout(n_nodes, seed, interval_s, steps, batch=4, probing=False, hold=4):
+def rollout(n_nodes, seed, interval_s, steps, batch=4, probing=False, hold=4, **changes):
     """Run the simulator under random plans; everything needed to check it."""
-    scenario = toy_scenario(n_nodes, interval_s=interval_s)
+    scenario = toy_scenario(n_nodes, interval_s=interval_s, **changes)
     model = CostModel(toy_profile(n_nodes), scenario)
     sim = Simulator(model, batch, seed, record_requests=True)
     rng = np.random.default_rng(seed + 1)
@@ -49,7 +50,8 @@ def references(sim, model, results, drained, seed, probes):
     for b in range(sim.batch):
         rates = [None] * (2 * len(hop[0]) + 1)
         rates[0::2], rates[1::2] = [list(s) for s in speed[b]], [list(h) for h in hop[b]]
-        reference = Reference(model.profile, scenario, rates, conditions.substep_s)
+        delays = np.concatenate([c.hop_delay_s[b] for c in intervals], axis=1)
+        reference = Reference(model.profile, scenario, rates, conditions.substep_s, delays)
         rows = [(c, i) for c in done for i in np.flatnonzero(c.env == b)]
         kept = [(c, i) for c, i in rows if not (c.lost[i] and c.work_s[i].sum() == 0)]
         items = [reference.request(c.arrival_s[i], tuple(c.cuts[i])) for c, i in kept]
@@ -90,6 +92,46 @@ def test_equals_event_by_event(n_nodes, interval_s, steps, seed):
         overtaken += sum(a > b for a, b in pairwise(ends))
         check_records(b, reference, model, results, items, intervals)
     assert checked > 50 and overtaken > 0
+
+
+@pytest.mark.parametrize(("interval_s", "substep_s", "steps"), [(1.0, 0.1, 20), (0.2, 0.2, 60)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_equals_event_by_event_when_delays_vary(interval_s, substep_s, steps, seed):
+    # Fast hops, or their service would hide the propagation.
+    fast = Process("markov", (40.0, 200.0), dwell_s=3.0)
+    delay = Process("markov", (0.01, 0.3, 0.8), dwell_s=0.6, sigma=0.4, correlation_s=0.3)
+    hops = (HopSetup(fast, delay), HopSetup(fast, 0.004))
+    sim, model, results, drained, _, _ = rollout(
+        3, seed, interval_s, steps, substep_s=substep_s, hops=hops, rate_rps=4.0
+    )
+    checked = waited = 0
+    for b, reference, rows, items, _, intervals in references(
+        sim, model, results, drained, seed, []
+    ):
+        reference.run(items)
+        for (c, i), item in zip(rows, items, strict=True):
+            if c.lost[i]:
+                continue
+            assert c.completion_s[i] == pytest.approx(item.completion_s, abs=1e-6)
+            checked += 1
+        check_records(b, reference, model, results, items, intervals)
+        for k, result in enumerate(results):
+            now = (k + 1) * interval_s
+            for h in range(2):
+                assert result.state.rtt_s[b, h] == pytest.approx(pinged(reference, h, now))
+        # Frames that a falling delay would have brought in before the one ahead of them.
+        used = sorted(x.service[1] for x in items if 1 in x.service)
+        ends = [end + reference.delay(0, end) for _, _, end in used if np.isfinite(end)]
+        waited += sum(later < earlier for earlier, later in pairwise(ends))
+    assert checked > 100 and waited > 3
+
+
+def pinged(reference, hop, now_s):
+    """Twice the least delay of the pings, every 0.5 s, that were back in the last 10 s."""
+    times = [0.5 * k for k in range(int(np.ceil(now_s / 0.5 - 1e-9)))][-20:]
+    rtts = [2.0 * reference.delay(hop, t) for t in times]
+    back = [rtt for t, rtt in zip(times, rtts, strict=True) if t + rtt <= now_s]
+    return min(back, default=2.0 * mean_delay_s(reference.scenario.hops[hop]))
 
 
 def check_records(b, reference, model, results, items, intervals):
@@ -148,7 +190,7 @@ def check_records(b, reference, model, results, items, intervals):
                 held[h] = (rate, max(ended)[0])
             rate, seen = held.get(h, (model.profile.hops[h].bytes_per_s, 0.0))
             # The frame on the hop bounds the rate by the time it has taken, a round trip late.
-            rtt_s = 2.0 * model.scenario.hops[h].one_way_delay_s
+            rtt_s = s.rtt_s[b, h]
             for _, start, end, size in here:
                 seen_s = t1 - start - rtt_s
                 overdue = start < t1 < end and seen_s > 0 and size >= MEASURED_BYTES
