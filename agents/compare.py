@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.controllers import Controller, Static
+from agents.controllers import Controller, Decision, Static
+from agents.oracle import Oracle
 from agents.paper import Paper
 from env.cost import Cost, IntervalRecord
 from env.predict import CostModel
@@ -134,6 +135,7 @@ def run_arm(
     n_intervals: int,
     startup: int = 0,
     on_interval: Callable[[], None] = lambda: None,
+    on_decision: Callable[[Decision], None] = lambda decision: None,
 ) -> ArmRun:
     """Run one arm for `startup` + `n_intervals` intervals, then let its requests finish.
 
@@ -144,6 +146,7 @@ def run_arm(
         n_intervals: Steady-state intervals.
         startup: Intervals before, accounted for apart.
         on_interval: Called after every interval (progress).
+        on_decision: Called with every decision.
     """
     model = system.model
     state = system.reset(seed)
@@ -170,6 +173,7 @@ def run_arm(
         begin = time.thread_time()
         decision = controller.decide(state, last)
         elapsed = time.thread_time() - begin
+        on_decision(decision)
         last = system.step(decision.cuts, decision.probe_bytes)
         state = last.state
         records[steady].add(last.record)
@@ -206,7 +210,7 @@ def run_arm(
 
 
 def _profile_passes(controller: Controller) -> int:
-    if isinstance(controller, Static):
+    if isinstance(controller, Static | Oracle):
         return 0
     return PAPER_PROFILE_PASSES if isinstance(controller, Paper) else PROFILE_PASSES
 
@@ -310,6 +314,8 @@ def summarise(
 ) -> dict[str, Any]:
     """Results of every arm as plain numbers, ready for JSON.
 
+    Where the oracle takes part, `regret` is each arm's cost over the oracle's, pair by pair.
+
     Args:
         runs: Arms by name, `static` among them; all on the same conditions.
         model: The system's cost model.
@@ -324,6 +330,8 @@ def summarise(
         result["versus"] = {
             o: versus(run, runs[o], model) for o in runs if o not in (name, "static")
         }
+        if "oracle" in runs:
+            result["regret"] = versus(run, runs["oracle"], model)["cost_ratio"]
         results[name] = result
     return results
 

@@ -19,6 +19,7 @@ from executor.errors import ConfigError
 from executor.plan import ModelSpec, Plan
 
 if TYPE_CHECKING:
+    from agents.oracle import PlanSequence
     from agents.runtime import Checkpoint
     from env.system import StepResult
 
@@ -155,11 +156,14 @@ class ArmContext:
         checkpoint: The trained policy; None when there is none.
         hindsight: Finds the best static plan of each environment on the very conditions of the
             comparison, cuts [B, H] (`agents.compare.best_static_cuts`).
+        foresight: Finds the cheapest sequence of plans on those conditions
+            (`agents.oracle.search`).
     """
 
     model: CostModel
     checkpoint: Checkpoint | None = None
     hindsight: Callable[[], I64] | None = None
+    foresight: Callable[[], PlanSequence] | None = None
 
 
 def _static(
@@ -176,6 +180,26 @@ def _best_static(context: ArmContext) -> Controller:
     if context.hindsight is None:
         raise ConfigError("arm best-static needs a simulator to try every plan in; there is none")
     return Static("best-static", context.hindsight())
+
+
+def _oracle(context: ArmContext) -> Controller:
+    from agents.oracle import Oracle
+
+    if context.foresight is None:
+        raise ConfigError("arm oracle needs a simulator whose future it can know; there is none")
+    return Oracle(context.foresight())
+
+
+def _linucb(context: ArmContext) -> Controller:
+    from agents.bandit import LinUCB
+
+    return LinUCB()
+
+
+def _predictive(context: ArmContext) -> Controller:
+    from agents.predictive import Predictive
+
+    return Predictive()
 
 
 def _paper(name: str, every: int | None, constrained: bool) -> Callable[[ArmContext], Controller]:
@@ -212,8 +236,11 @@ ARMS: dict[str, Callable[[ArmContext], Controller]] = {
     "paper-constrained": _paper("paper-constrained", 100, True),
     "paper-1s-constrained": _paper("paper-1s-constrained", None, True),
     "solver": lambda context: Solver(),
+    "predictive": _predictive,
+    "linucb": _linucb,
     "policy-zeroed": _policy(True),
     "policy": _policy(False),
+    "oracle": _oracle,
 }
 
 

@@ -36,7 +36,8 @@ from agents.compare import (
     startup_intervals,
     summarise,
 )
-from agents.controllers import ARMS, ArmContext, Controller, make_arm
+from agents.controllers import ARMS, ArmContext, Controller, Decision, make_arm
+from agents.oracle import PlanSequence, search
 from agents.report import TABLE_WIDTH, plot, table
 from agents.runtime import Checkpoint
 from env.live import LiveSystem
@@ -109,7 +110,11 @@ def _parser() -> argparse.ArgumentParser:
         "scenario's bandwidth, load, delay and arrivals",
     )
     add("--split", choices=tuple(PARTS), help="which part of --traces (default: test)")
-    add("--arms", help=f"comma-separated, of {', '.join(ARMS)} (default: all there is)")
+    add(
+        "--arms",
+        help=f"comma-separated, of {', '.join(ARMS)}; or all (default: all but the oracle, which "
+        "takes minutes)",
+    )
     add("--seeds", type=positive_int, default=16, help="conditions per rate")
     add("--first-seed", type=int, default=FIRST_SEED)
     add("--repeats", type=positive_int, default=1, help="testbed only: runs of each seed")
@@ -143,6 +148,8 @@ def _evaluate(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     name = model_label(args.model)
     directory = args.checkpoint or CHECKPOINTS / name
     arms = _arms(args.arms, directory, console)
+    if "oracle" in arms and args.backend == "testbed":
+        raise ConfigError("arm oracle knows the future, which only --backend simulator can tell")
     checkpoint = Checkpoint.load(directory, name) if set(arms) & set(POLICY_ARMS) else None
     profile = _profile(args, directory, scenario)
     by_rate: dict[str, list[_Part]] = {}
@@ -197,7 +204,10 @@ def _evaluate(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             "cost": "per arrived request; 1 edge-only request, unloaded, costs the weights' sum",
             "latency_ms": "from scheduled arrival to output",
             "energy_j": "per completed request",
-            "decide_us": "CPU time of one decision for one environment",
+            "regret": "cost over the clairvoyant oracle's, pair by pair",
+            "decide_us": "CPU time of one decision for one environment; the oracle's count as none",
+            "profile_s": "computed: forward passes x the slowest node's profiled pass",
+            "switch_ms": "by construction: every frame carries its plan, so a switch stops nothing",
             "battery_h": f"{BATTERY_WH:g} Wh at the edge's mean power, idling included",
         },
         "arms": _pooled(parts)["arms"],
@@ -226,7 +236,11 @@ def _pooled(parts: list[_Part]) -> dict[str, Any]:
 
 
 class _Part:
-    """All arms under one set of conditions, at one arrival rate."""
+    """All arms under one set of conditions, at one arrival rate.
+
+    The oracle runs last and may start from what the others played. Its decisions were made in
+    advance, by nobody who could exist, so they count as taking no time.
+    """
 
     def __init__(
         self,
@@ -242,13 +256,14 @@ class _Part:
         self.runs: dict[str, ArmRun] = {}
         self.decide_us: dict[str, float] = {}
         self.overruns: dict[str, float] = {}
+        self._played: list[PlanSequence] = []
         self.n_intervals: int = args.intervals or model.scenario.steps_per_episode
         self._live = args.backend == "testbed"
         self._seeds = range(args.first_seed, args.first_seed + args.seeds)
         self.startup = self._startup()
         length = self.startup + self.n_intervals
         tried = len(model.plans) if "best-static" in arms else 0
-        timed = 0 if self._live else length * len(arms)
+        timed = 0 if self._live else length * len(set(arms) - {"oracle"})
         runs_per_arm = args.seeds * args.repeats if self._live else 1
         self._bar = bar
         self._task = bar.add_task(
@@ -289,7 +304,12 @@ class _Part:
         batch, single = self._simulator(self.args.seeds), self._simulator(1)
         for name in self.arms:
             controller = make_arm(name, self._context(self.args.seeds, seed))
-            self.runs[name] = self._run(batch, controller, seed)
+            decisions: list[Decision] = []
+            self.runs[name] = self._run(batch, controller, seed, decisions)
+            self._played.append(PlanSequence.of(decisions))
+            if name == "oracle":
+                self.decide_us[name] = 0.0
+                continue
             # One decision for one environment, not a batch's share.
             controller = make_arm(name, ArmContext(self.model, self.checkpoint, self._any_plan))
             timed = self._run(single, controller, seed)
@@ -309,7 +329,13 @@ class _Part:
             if isinstance(system, LiveSystem):
                 self.overruns = system.overrun_share()
 
-    def _run(self, system: System | Simulator, controller: Controller, seed: int) -> ArmRun:
+    def _run(
+        self,
+        system: System | Simulator,
+        controller: Controller,
+        seed: int,
+        decisions: list[Decision] | None = None,
+    ) -> ArmRun:
         return run_arm(
             system,
             controller,
@@ -317,6 +343,7 @@ class _Part:
             n_intervals=self.n_intervals,
             startup=self.startup,
             on_interval=self._advance,
+            on_decision=(lambda decision: None) if decisions is None else decisions.append,
         )
 
     def _context(self, batch: int, seed: int) -> ArmContext:
@@ -329,7 +356,20 @@ class _Part:
                 on_plan=self._advance,
             )
 
-        return ArmContext(self.model, self.checkpoint, hindsight)
+        return ArmContext(
+            self.model, self.checkpoint, hindsight, None if self._live else self._foresight
+        )
+
+    def _foresight(self) -> PlanSequence:
+        """The cheapest sequence of plans on the conditions of the comparison."""
+        simulator = self._simulator(self.args.seeds)
+        simulator.reset(self.args.first_seed)
+        return search(
+            self.model,
+            simulator.record(self.startup + self.n_intervals),
+            startup=self.startup,
+            incumbents=self._played,
+        )
 
     def _any_plan(self) -> NDArray[np.int64]:
         return self.model.table.cuts[:1]
@@ -358,8 +398,8 @@ def _rates(text: str | None) -> list[float]:
 
 def _arms(text: str | None, directory: Path, console: Console) -> list[str]:
     """The arms to run, `static` always among them: every arm is compared with it."""
-    if text is None:
-        arms = list(ARMS)
+    if text is None or text == "all":
+        arms = [name for name in ARMS if name != "oracle" or text == "all"]
         if not (directory / "policy.npz").exists():
             console.print(f"no policy in {directory}: its arms are left out", markup=False)
             arms = [name for name in arms if name not in POLICY_ARMS]

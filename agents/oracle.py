@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from agents.branches import Branches
 from agents.controllers import Decision
 from env.predict import CostModel
+from env.simulator import Snapshot
 from env.state import SystemState
 from env.tape import Tape
 from executor.errors import ConfigError
@@ -36,6 +37,7 @@ __all__ = ["Oracle", "OracleSettings", "PlanSequence", "search"]
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 
+PROMISING_INTERVALS = 4  # over which a plan is judged before it is tried at length
 EQUAL = 1e-9  # costs this close (relative to the larger of 1 and them) are the same branch
 
 
@@ -48,16 +50,19 @@ class OracleSettings:
         penalties: The beam ranks by cost so far + (1 + penalty) x cost of running out what is
             open; each penalty chooses its share of the beam, so states with short and with long
             queues both live on.
-        finalists: Best sequences per condition that local search refines.
-        holds: Local search tries every plan for so many intervals from each interval on.
-        lookahead: Intervals after a move over which it is judged, with true arrivals.
+        finalists: Best sequences per condition that local search refines (half of them after
+            its first pass).
+        promising: Plans that local search tries at each interval.
+        holds: For how many intervals it tries them.
+        lookahead: Intervals over which a move is judged, with true arrivals.
         sweeps: Most passes of local search.
         least_gain: It ends when a pass gains a smaller share of the cost.
     """
 
-    width: int = 16
-    penalties: tuple[float, ...] = (0.0, 0.5, 2.0)
-    finalists: int = 2
+    width: int = 48
+    penalties: tuple[float, ...] = (0.0, 1.0, 4.0)
+    finalists: int = 3
+    promising: int = 48
     holds: tuple[int, ...] = (1, 2, 4)
     lookahead: int = 6
     sweeps: int = 4
@@ -75,6 +80,14 @@ class PlanSequence:
 
     cuts: I64
     probe_bytes: F64 | None = None
+
+    @classmethod
+    def of(cls, decisions: Sequence[Decision]) -> PlanSequence:
+        """What a controller decided, interval by interval."""
+        cuts = np.array([d.cuts for d in decisions])
+        none = np.zeros(cuts.shape[1:])
+        probes = np.array([none if d.probe_bytes is None else d.probe_bytes for d in decisions])
+        return cls(cuts, probes if probes.any() else None)
 
 
 class Oracle:
@@ -140,11 +153,9 @@ def search(
             pool.add(incumbent.cuts, incumbent.probe_bytes)
     search_ = _Search(model, pool, settings)
     half = max(1, settings.finalists // 2)
-    rails = pool.best(half) if incumbents else []
-    beams = search_.beam(rails)
-    for cuts in beams[:half]:
+    for cuts in search_.beam(pool.best(half) if incumbents else [])[: settings.finalists]:
         pool.add(cuts)
-    search_.refine([*beams[:half], *rails])
+    search_.refine()
     return pool.winner()
 
 
@@ -164,6 +175,10 @@ class _Pool:
         self._probes.append(probes)
         self._totals.append(total)
         return total
+
+    def cost(self) -> float:
+        """Of the cheapest sequences, all environments together."""
+        return float(np.min(self._totals, axis=0).sum())
 
     def best(self, count: int) -> list[I64]:
         """The `count` cheapest sequences of each environment, as far as they differ in cost."""
@@ -270,40 +285,69 @@ class _Search:
             sequences.append(cuts)
         return sequences
 
-    def refine(self, sequences: list[I64]) -> None:
-        """Local search on each; what it finds goes into the pool."""
-        cuts = np.concatenate(sequences, axis=1)
-        owner = np.tile(np.arange(self._batch), len(sequences))
-        best = np.full(len(owner), np.inf)
-        for _ in range(self._settings.sweeps):
-            cuts = self._sweep(cuts, owner)
-            parts = np.split(cuts, len(sequences), axis=1)
-            total = np.concatenate([self._pool.add(part) for part in parts])
-            gained = best - total
-            best = np.minimum(best, total)
-            if gained.sum() <= self._settings.least_gain * total.sum():
+    def refine(self) -> None:
+        """Local search on the pool's best; what it finds goes into the pool."""
+        settings, pool = self._settings, self._pool
+        for k in range(settings.sweeps):
+            before = pool.cost()
+            donors = pool.best(settings.finalists)
+            parts = donors if k == 0 else donors[: max(1, settings.finalists // 2)]
+            owner = np.tile(np.arange(self._batch), len(parts))
+            swept = self._sweep(np.concatenate(parts, axis=1), owner, donors)
+            for part in np.split(swept, len(parts), axis=1):
+                pool.add(part)
+            if before - pool.cost() <= settings.least_gain * before:
                 break
 
-    def _sweep(self, cuts: I64, owner: I64) -> I64:
-        """One pass of local search: from every interval on, try every plan for a while."""
-        branches, settings, actions = self._branches, self._settings, self._actions
-        cuts, n = cuts.copy(), len(owner)
+    def _sweep(self, cuts: I64, owner: I64, donors: list[I64]) -> I64:
+        """One pass of local search: from every interval on, try other plans for a while."""
+        branches, n = self._branches, len(owner)
+        cuts = cuts.copy()
+        everybody = np.arange(n)
         snapshot = branches.start(owner)
-        moves = 1 + len(settings.holds) * len(actions)  # the first is to leave it as it is
-        parent = np.repeat(np.arange(n), moves)
         for t in range(self._length):
-            ahead = min(settings.lookahead, self._length - t)
             if t >= self._pool.startup:
-                tried = np.repeat(cuts[t : t + ahead, :, None], moves, axis=2)
-                for h, hold in enumerate(settings.holds):
-                    first = 1 + h * len(actions)
-                    tried[:hold, :, first : first + len(actions)] = actions
-                plans = list(tried.reshape(ahead, n * moves, -1))
+                tried = self._moves(snapshot, cuts, owner, t, donors)
+                parent = np.repeat(everybody, tried.shape[2])
+                plans = list(tried.reshape(len(tried), len(parent), -1))
                 spent, rest = branches.spend(snapshot, parent, owner[parent], t, plans)
-                total = (spent + rest).reshape(n, moves)
+                total = (spent + rest).reshape(n, -1)
                 best = total.argmin(axis=1)
-                gain = total[:, 0] - total[np.arange(n), best]
+                gain = total[:, 0] - total[everybody, best]
                 best[gain <= EQUAL * np.maximum(total[:, 0], 1.0)] = 0
-                cuts[t : t + ahead] = tried[:, np.arange(n), best]
-            snapshot, _ = branches.step(snapshot, np.arange(n), owner, t, cuts[t])
+                cuts[t : t + len(tried)] = tried[:, everybody, best]
+            snapshot, _ = branches.step(snapshot, everybody, owner, t, cuts[t])
         return cuts
+
+    def _moves(self, snapshot: Snapshot, cuts: I64, owner: I64, t: int, donors: list[I64]) -> I64:
+        """What to try from interval t on, [L, n, moves, H]; the first move is to change nothing.
+
+        The others hold one of the most promising plans for a while, or do what another good
+        sequence does.
+        """
+        settings = self._settings
+        ahead = min(settings.lookahead, self._length - t)
+        plans = self._promising(snapshot, cuts, owner, t)
+        few = plans.shape[1]
+        moves = 1 + len(settings.holds) * (few + len(donors))
+        tried = np.repeat(cuts[t : t + ahead, :, None], moves, axis=2)
+        given = np.stack([d[t : t + ahead, owner] for d in donors], axis=2)
+        for h, hold in enumerate(settings.holds):
+            first = 1 + h * (few + len(donors))
+            tried[:hold, :, first : first + few] = plans
+            # A borrowed stretch may be twice as long: it changes plans on its way.
+            tried[: 2 * hold, :, first + few : first + few + len(donors)] = given[: 2 * hold]
+        return tried
+
+    def _promising(self, snapshot: Snapshot, cuts: I64, owner: I64, t: int) -> I64:
+        """The plans [n, few, H] that cost least when held for two intervals, for each branch."""
+        actions, n = self._actions, len(owner)
+        few = self._settings.promising
+        if few >= len(actions):
+            return np.broadcast_to(actions, (n, *actions.shape))
+        parent = np.repeat(np.arange(n), len(actions))
+        held, later = np.tile(actions, (n, 1)), cuts[t + 2 : t + PROMISING_INTERVALS]
+        plans = [held, held, *(c[parent] for c in later)][: self._length - t]
+        spent, rest = self._branches.spend(snapshot, parent, owner[parent], t, plans)
+        total = (spent + rest).reshape(n, -1)
+        return actions[np.argpartition(total, few - 1, axis=1)[:, :few]]

@@ -12,7 +12,7 @@ from executor.errors import ConfigError
 
 __all__ = ["TABLE_WIDTH", "plot", "table"]
 
-TABLE_WIDTH = 110
+TABLE_WIDTH = 140
 COLUMNS = (
     "cost",
     "x static (95 %)",
@@ -28,12 +28,18 @@ COLUMNS = (
 
 
 def table(title: str, arms: dict[str, Any]) -> Table:
-    """The arms side by side, one row each; costs against `static` with 95 % intervals."""
+    """The arms side by side, one row each; costs against `static` with 95 % intervals.
+
+    Where the oracle takes part, against the oracle too.
+    """
     out = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     out.padding = (0, 1, 0, 0)
     out.add_column("arm", no_wrap=True)
     for column in COLUMNS:
         out.add_column(column, justify="right", no_wrap=True)
+    known = any("regret" in arm for arm in arms.values())
+    if known:
+        out.add_column("x oracle (95 %)", justify="right", no_wrap=True)
     for name, arm in arms.items():
         ratio = arm["versus_static"]["cost_ratio"]
         latency, energy = arm["latency_ms"], arm["energy_j"]["full"]
@@ -42,7 +48,7 @@ def table(title: str, arms: dict[str, Any]) -> Table:
         out.add_row(
             name,
             f"{arm['cost']:.3f}",
-            f"{ratio['mean']:.3f} ({ratio['low']:.3f}..{ratio['high']:.3f})",
+            _interval(ratio),
             f"{latency['mean']:.0f}",
             f"{latency['p95']:.0f}",
             f"{latency['p99']:.0f}",
@@ -51,8 +57,13 @@ def table(title: str, arms: dict[str, Any]) -> Table:
             f"{100 * requests['lost'] / submitted:.2f}",
             f"{100 * requests['late'] / submitted:.2f}",
             str(arm["switches"]),
+            *([_interval(arm["regret"])] if known else []),
         )
     return out
+
+
+def _interval(ratio: dict[str, float]) -> str:
+    return f"{ratio['mean']:.3f} ({ratio['low']:.3f}..{ratio['high']:.3f})"
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

@@ -27,6 +27,7 @@ from env.cost import IntervalRecord
 from env.predict import CostModel
 from env.state import SystemState
 from env.system import ARRIVAL_SMOOTHING_S, Completed, StepResult
+from env.tape import Tape, record_conditions
 from executor.errors import ConfigError
 
 __all__ = ["Completed", "Simulator", "Snapshot", "StepResult"]
@@ -228,6 +229,10 @@ class Simulator:
         self._empty()
         self._observe(coming.held(), self._state.cuts, record)
         return StepResult(state=self._state, record=record, completed=completed)
+
+    def record(self, n_intervals: int) -> Tape:
+        """The coming intervals' conditions; for this simulator they are over. `reset` next."""
+        return record_conditions(self._conditions, n_intervals)
 
     def snapshot(self) -> Snapshot:
         """Everything there is to these environments but the conditions to come."""

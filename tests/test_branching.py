@@ -76,6 +76,11 @@ def test_a_tape_plays_the_very_conditions_it_recorded(interval_s, copies):
     rate = np.repeat([3.0, 8.0], 2)
     tape = record_conditions(SharedConditions(model.scenario, rate, 3, copies), 12)
     drawn = Simulator(model, 4, 3, rate_rps=rate, copies=copies)
+    recorded = drawn.record(12)
+    drawn.reset(3)
+    for one, two in zip(tape.intervals, recorded.intervals, strict=True):
+        for f in dataclasses.fields(one):
+            np.testing.assert_array_equal(getattr(one, f.name), getattr(two, f.name))
     played = tape_simulator(model, tape)
     np.testing.assert_array_equal(drawn.n_ref, played.n_ref)
     rng = np.random.default_rng(0)

@@ -216,6 +216,26 @@ def test_command_on_the_simulator(profile_file, tmp_path, capsys):
     assert figure.read_bytes()[:4] == b"\x89PNG"
 
 
+def test_command_shows_each_arms_regret_to_the_oracle(profile_file, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    argv = command(profile_file, tmp_path, "--arms", "solver,linucb,oracle", "--rates", "0.5")
+    assert evaluate.main([*argv, "--json", str(out)]) == 0
+    assert "x oracle" in capsys.readouterr().out
+    arms = json.loads(out.read_text())["by_rate"]["0.5"]["arms"]
+    assert list(arms) == ["static", "solver", "linucb", "oracle"]
+    assert arms["oracle"]["regret"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
+    assert arms["oracle"]["overhead"]["decide_us"] == 0.0
+    assert arms["oracle"]["overhead"]["profile_s"] == 0.0
+    for name in ("static", "solver", "linucb"):
+        regret = arms[name]["regret"]
+        assert regret == arms[name]["versus"]["oracle"]["cost_ratio"]
+        assert 1.0 - 1e-9 <= regret["low"] <= regret["mean"] <= regret["high"]
+    without = command(profile_file, tmp_path, "--arms", "solver", "--json", str(out))
+    assert evaluate.main(without) == 0
+    assert "x oracle" not in capsys.readouterr().out
+    assert "regret" not in json.loads(out.read_text())["arms"]["solver"]
+
+
 def test_command_repeats_exactly(profile_file, tmp_path):
     results = []
     for k in range(2):
@@ -255,6 +275,7 @@ def test_command_runs_a_live_system_seed_by_seed(profile_file, tmp_path, monkeyp
     [
         (["--arms", "solver,magic"], "unknown arm 'magic'; expected some of edge"),
         (["--arms", "policy"], "no checkpoint in"),
+        (["--backend", "testbed", "--arms", "oracle"], "only --backend simulator can tell"),
         (["--rates", "fast"], "--rates must be numbers like 0.4,0.8, got 'fast'"),
         (["--rates", "0.4,-1"], "--rates must be different fractions above 0"),
         (["--startup-s", "-1"], "--startup-s must be >= 0"),

@@ -16,6 +16,7 @@ from agents.controllers import (
     make_arm,
     static_thirds,
 )
+from agents.oracle import PlanSequence
 from env.predict import CostModel
 from env.scenario import Scenario
 from env.simulator import Simulator
@@ -100,7 +101,11 @@ def test_solver_avoids_a_backlogged_tier(model):
 
 
 def test_arms_by_name(model):
-    context = ArmContext(model, hindsight=lambda: model.table.cuts[:2])
+    context = ArmContext(
+        model,
+        hindsight=lambda: model.table.cuts[:2],
+        foresight=lambda: PlanSequence(model.table.cuts[None, :2]),
+    )
     for name in set(ARMS) - {"policy", "policy-zeroed"}:
         controller = make_arm(name, context)
         assert controller.name == name
