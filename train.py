@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scenario", type=Path, help="scenario file (default: the shipped one)")
     parser.add_argument("--cluster", type=Path, help="train on these nodes, not on the testbed")
     parser.add_argument("--rounds", type=int, default=20, help="rounds of hindsight before PPO")
-    parser.add_argument("--steps", type=positive_int, help="steps of PPO (default: 600,000)")
+    parser.add_argument("--steps", type=positive_int, help="steps of PPO (default: 400,000)")
     parser.add_argument("--online-steps", type=int, default=40, help="intervals on the nodes")
     parser.add_argument(
         "--live-intervals", type=positive_int, default=15, help="per arm of the closing table"

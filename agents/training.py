@@ -60,7 +60,7 @@ class TrainingSettings:
     """
 
     hindsight: HindsightSettings = field(default_factory=HindsightSettings)
-    steps: int = 600_000
+    steps: int = 400_000
     n_envs: int = 256
     copies: int = 8
     rollout: int = 32
