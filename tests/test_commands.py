@@ -23,15 +23,21 @@ from agents.runtime import Checkpoint
 ROOT = Path(__file__).parent.parent
 
 
+# What these tests start inherits this: others' nodes on this machine are not taken for ours.
+MARK = f"SPLITPILOT_TESTS={os.getpid()}"
+os.environ["SPLITPILOT_TESTS"] = str(os.getpid())
+
+
 def children_of_tests() -> set[str]:
-    """Command lines of node and relay processes now running."""
+    """Command lines of node and relay processes of these tests now running."""
     found = set()
     for entry in Path("/proc").iterdir():
         try:
             line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            ours = MARK.encode() in (entry / "environ").read_bytes().split(b"\0")
         except (OSError, UnicodeDecodeError):
             continue
-        if "executor.node" in line or "executor.relay" in line:
+        if ours and ("executor.node" in line or "executor.relay" in line):
             found.add(f"{entry.name} {line}")
     return found
 
