@@ -405,14 +405,15 @@ FAULTS = (
 _DISK_TRIAL = """
 import resource, sys
 from pathlib import Path
-from executor.profile import write_atomic
+from executor.errors import ConfigError
+from executor.files import write_atomic
 path = Path(sys.argv[1])
 write_atomic(path, b"old" * 100)
 _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
 try:
     write_atomic(path, b"new" * 100_000)
-except OSError:
+except ConfigError:
     pass
 else:
     sys.exit("writing over the limit raised nothing")

@@ -284,6 +284,7 @@ class Recovery:
         """
         for node in self._nodes:
             node.silent = now_s - node.heard_s > SILENT_AFTER_S
+        self._down = self._judge()
         late = [seq for seq, request in self._open.items() if now_s >= request.deadline_s]
         out: list[Instruction] = []
         for seq in late:
