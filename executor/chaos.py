@@ -8,7 +8,6 @@ a request did not end exactly once, or a promise beside these was broken.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import random
@@ -28,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from executor._chaos import FAULTS, Fault, Ground, Load, Outcome, Pairs, full_disk_problem, inject
+from executor.arguments import Parser
 from executor.client import Client
 from executor.errors import ConfigError, SplitpilotError
 from executor.model import MODELS, build_chain, sample_input
@@ -369,7 +369,7 @@ def _chosen(names: str | None) -> tuple[Fault, ...]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the suite from the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m executor.chaos",
         description="Break a testbed under load, and check that no promise breaks with it.",
     )
