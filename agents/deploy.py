@@ -38,10 +38,10 @@ from env.scenario import Scenario
 from env.system import StepResult
 from executor._http import HttpServer, add_metrics_arguments, port
 from executor.errors import ConfigError
+from executor.files import write_atomic
 from executor.logs import add_log_arguments, configure_logging
 from executor.model import model_spec
 from executor.modelref import model_label
-from executor.profile import write_atomic
 
 __all__ = ["main"]
 

@@ -46,9 +46,10 @@ from env.scenario import Scenario
 from env.simulator import Simulator
 from env.splits import PARTS, Condition, split
 from executor.errors import ConfigError
+from executor.files import write_atomic
 from executor.logs import add_log_arguments, configure_logging
 from executor.modelref import model_label
-from executor.profile import Profile, write_atomic
+from executor.profile import Profile
 
 if TYPE_CHECKING:
     from env.system import System

@@ -34,7 +34,8 @@ from env.predict import CostModel
 from env.scenario import Scenario
 from env.vector import SimulatorVecEnv
 from executor.errors import ConfigError
-from executor.profile import Profile, write_atomic
+from executor.files import write_atomic
+from executor.profile import Profile
 
 __all__ = ["FILE_NAME", "ResumePoint"]
 

@@ -30,9 +30,9 @@ from executor._chaos import FAULTS, Fault, Ground, Load, Outcome, Pairs, full_di
 from executor.arguments import Parser
 from executor.client import Client
 from executor.errors import ConfigError, SplitpilotError
+from executor.files import write_atomic
 from executor.model import MODELS, build_chain, sample_input
 from executor.plan import ModelSpec, Plan
-from executor.profile import write_atomic
 from executor.testbed import DEFAULT_HOPS, Testbed, TestbedHop, TestbedNode
 
 __all__ = ["Report", "main", "run"]

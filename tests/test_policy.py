@@ -143,7 +143,7 @@ def test_training_is_deterministic_and_keeps_the_best(model: CostModel, tmp_path
     # Groups that share a baseline must share their conditions.
     env = results[0].ppo.get_env()
     assert isinstance(env, SimulatorVecEnv)
-    assert results[0].ppo.rollout_buffer.copies == TINY.copies  # type: ignore[attr-defined]
+    assert results[0].ppo.rollout_buffer.copies == TINY.copies  # type: ignore[attr-defined]  # ours
     arrivals = env.simulator.step(np.zeros((TINY.n_envs, 2), dtype=np.int64)).record.arrived
     groups = arrivals.reshape(-1, TINY.copies)
     assert (groups == groups[:, :1]).all() and len(set(groups[:, 0])) > 1
