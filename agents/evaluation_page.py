@@ -152,7 +152,7 @@ class _Report:
                     name,
                     interval(against["cost_ratio"]),
                     interval(against["cost"]),
-                    interval(against["latency_ms"], 1),
+                    interval(against["latency_ms"], 0),
                     interval(against["energy_edge_j"]),
                     interval(against["energy_total_j"]),
                 ]

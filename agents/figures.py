@@ -304,14 +304,21 @@ def trajectory_figure(
     ends_s = np.append(time_s, time_s[-1] + interval_s)
     with _styled():
         figure = _figure(figsize=(10.5, 4.0 + 0.95 * len(shown)))
+        above: dict[str, Any] = {
+            "loc": "lower right",
+            "bbox_to_anchor": (1.0, 1.0),
+            "fontsize": 8.5,
+        }
         heights = [2.0] + [1.0] * len(shown) + [1.6]
         axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
         for h, row in enumerate(trajectory["mbps"]):
             label = f"{nodes[h]} - {nodes[h + 1]}"
-            axes[0].stairs(row, ends_s, color=GROUPS[h % len(GROUPS)], label=label, lw=1.4)
+            axes[0].stairs(
+                row, ends_s, color=GROUPS[h % len(GROUPS)], label=label, lw=1.4, baseline=None
+            )
         _log_if_wide(axes[0], [v for row in trajectory["mbps"] for v in row], "y")
         axes[0].set_ylabel("Mbit/s")
-        axes[0].legend(loc="upper right", ncols=3, fontsize=8.5)
+        axes[0].legend(**above, ncols=6)
         for axis, name in zip(axes[1:-1], shown, strict=True):
             bounds = [np.zeros(length), *map(np.array, arms[name]["cuts"]), np.full(length, units)]
             for k, node in enumerate(nodes):
@@ -325,13 +332,18 @@ def trajectory_figure(
             axis.grid(visible=False)
         for name in shown:
             axes[-1].stairs(
-                arms[name]["in_flight"], ends_s, color=_colour(name), label=name, lw=1.2
+                arms[name]["in_flight"],
+                ends_s,
+                color=_colour(name),
+                label=name,
+                lw=1.2,
+                baseline=None,
             )
         axes[-1].set_ylabel("outstanding")
         axes[-1].set_xlabel("s (below 0: the start, accounted for apart)")
-        axes[-1].legend(loc="upper right", ncols=6, fontsize=8)
+        axes[-1].legend(**above, ncols=6)
         if shown:
-            axes[1].legend(loc="upper right", ncols=6, fontsize=8)
+            axes[1].legend(**above, ncols=6)
         for axis in axes:
             axis.axvline(0.0, color="#495057", lw=0.8, ls=":")
             axis.set_xlim(ends_s[0], ends_s[-1])
