@@ -32,7 +32,7 @@ def run(tmp_path: Path, *more: str) -> dict[str, object]:
     CostModel(synthetic_profile(model_spec("alexnet"), scenario), scenario).profile.save(profile)
     out = tmp_path / "out.json"
     argv = ["--model", "alexnet", "--profile", str(profile), "--checkpoint", str(tmp_path / "no")]
-    argv += ["--intervals", "4", "--startup-s", "2", "--seeds", "2", "--json", str(out), *more]
+    argv += ["--intervals", "3", "--startup-s", "1", "--seeds", "2", "--json", str(out), *more]
     assert evaluate.main(argv) == 0
     return json.loads(out.read_text())
 
@@ -106,12 +106,12 @@ def test_hops_are_told_apart(made: tuple[dict, str]) -> None:
 def test_trajectory_is_of_every_interval(made: tuple[dict, str]) -> None:
     result, _ = made
     seen = result["trajectory"]
-    assert seen["condition"] == "lan" and seen["rate"] == "0.6" and seen["startup"] == 2
-    assert [len(row) for row in seen["mbps"]] == [6, 6]
+    assert seen["condition"] == "lan" and seen["rate"] == "0.6" and seen["startup"] == 1
+    assert [len(row) for row in seen["mbps"]] == [4, 4]
     assert set(seen["arms"]) == set(result["arms"])
     for played in seen["arms"].values():
-        assert [len(row) for row in played["cuts"]] == [6, 6]
-        assert len(played["in_flight"]) == len(played["latency_ms"]) == 6
+        assert [len(row) for row in played["cuts"]] == [4, 4]
+        assert len(played["in_flight"]) == len(played["latency_ms"]) == 4
         assert all(0 <= i <= j <= seen["units"] for i, j in zip(*played["cuts"], strict=True))
     assert set(map(tuple, zip(*seen["arms"]["static"]["cuts"], strict=True))) == {(10, 14)}
     # A LAN: 400 Mbit/s and more to the cloud.
