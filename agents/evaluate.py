@@ -1,8 +1,12 @@
-"""Arms side by side on the same conditions: `python -m agents.evaluate --model alexnet`."""
+"""Arms side by side on the same conditions: `python -m agents.evaluate --model alexnet`.
+
+Three questions have commands of their own, which a first argument here hands over to: `STUDIES`.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from collections.abc import Sequence
@@ -25,12 +29,20 @@ __all__ = ["main"]
 
 FIRST_SEED = 9000  # far from training's
 MAX_OVERRUN_SHARE = 0.01
+STUDIES = {
+    "--sim-to-real": "agents.sim_to_real",
+    "--paper-tables": "agents.paper_tables",
+    "--chains": "agents.chains",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code (2: bad input, one line on stderr)."""
-    args = _parser().parse_args(argv)
-    words = sys.argv[1:] if argv is None else argv
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words and words[0] in STUDIES:
+        study = importlib.import_module(STUDIES[words[0]])
+        return int(study.main(words[1:]))
+    args = _parser().parse_args(words)
     args.command = " ".join(["python -m agents.evaluate", *words])
     configure_logging(args)
     return run_command(lambda: _main(args))
@@ -95,6 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m agents.evaluate",
         description="Compare arms on the same bandwidth, load and arrivals.",
+        epilog="As the first argument, one of these asks something else (each has a --help): "
+        + ", ".join(STUDIES),
     )
     add = parser.add_argument
     add("--model", type=model_argument, help=MODEL_HELP)
