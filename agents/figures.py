@@ -38,6 +38,7 @@ STYLE: dict[Any, Any] = {
     "xtick.color": "#5a6570",
     "ytick.color": "#3c4650",
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.color": "#e3e7eb",
     "legend.frameon": False,
 }
