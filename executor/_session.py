@@ -23,6 +23,7 @@ from executor._hop import Hop, Parts, localise
 from executor._outbox import Outbox
 from executor._pending import Pending, PendingTable
 from executor._records import NodeStatus, Reply, RequestRecord, hello_problem, node_index
+from executor._requests import seconds
 from executor._sockets import connect_dealer, link_changes, watch_link
 from executor.cluster import Cluster
 from executor.errors import RequestError, RequestRefused, RequestTimeout, WireError
@@ -273,7 +274,9 @@ class Session:
             )
             links = {far: up for far, up in ends if far is not None and up is not None}
             self._carry_out(
-                self._recovery.status(node, status.boot, links, status.stalled_s, now_s)
+                self._recovery.status(
+                    node, status.boot, links, status.stalled_s, now_s, status.every_s
+                )
             )
 
     def _take_hello(self, header: Header, reply: _Json, now_s: float) -> None:
@@ -309,7 +312,9 @@ class Session:
             node = _place(raw.get("node"), self._cluster.n_nodes)
             to = _place(raw.get("to"), self._cluster.n_nodes)
             code, reason = str(raw.get("code")), str(raw.get("reason"))
-            self._carry_out(self._recovery.error(seq, tries, code, reason, node, to, now_s))
+            wait_s = seconds(raw, "wait_s", 60.0)
+            instructions = self._recovery.error(seq, tries, code, reason, node, to, now_s, wait_s)
+            self._carry_out(instructions)
             return
         output = None
         if pending is not None:
@@ -360,8 +365,10 @@ class Session:
             elif isinstance(instruction, Fail):
                 ended = self._requests.settle(instruction.seq)
                 if ended is not None:
-                    failure = _FAILURES.get(instruction.code, RequestError)
-                    ended.future.set_exception(failure(instruction.reason))
+                    error = _FAILURES.get(instruction.code, RequestError)(instruction.reason)
+                    if isinstance(error, RequestRefused):
+                        error.wait_s = instruction.wait_s
+                    ended.future.set_exception(error)
             else:
                 self._control.append([pack(Header(Kind.HELLO, client=self._id))])
 

@@ -35,6 +35,9 @@ _LINK_EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 # where it can be seen and bounded; up the chain there are only small replies.
 _DOWN_HWM = 2
 _UP_HWM = 1000
+# And from a peer: what the node cannot take yet waits with its sender. Each connection has as much,
+# so that many connections cost this many frames each.
+_IN_HWM = 2
 
 
 def bind_router(
@@ -50,7 +53,7 @@ def bind_router(
         _set_common(socket)
         socket.set(zmq.ROUTER_MANDATORY, 1)
         socket.set(zmq.SNDHWM, _UP_HWM)
-        socket.set(zmq.RCVHWM, cluster.max_queue)
+        socket.set(zmq.RCVHWM, _IN_HWM)
         # A larger message costs its sender the connection before it costs us the memory.
         socket.set(zmq.MAXMSGSIZE, MAX_BODY_BYTES)
         if cluster.keys_dir is not None:
