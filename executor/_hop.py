@@ -30,6 +30,7 @@ _MAX_OUTBOX = 1024
 _PROBE_LOST_S = 60.0
 _MAX_PROBES = 64
 _STUCK_S = 4.0
+_PAUSE_S = 1.0
 # Six of the neighbour's heartbeats, or three where it has many to tell.
 _SILENT_S = 0.6
 _SLOWEST_BYTES_PER_S = 5000.0
@@ -76,6 +77,7 @@ class Hop:
         self._unacked: collections.deque[tuple[Key, int, float]] = collections.deque()
         self._moved_s = float("-inf")
         self._heard_s = float("-inf")
+        self._ticked_s = self._awake_s = float("-inf")
         self._new_clock = False
         self._ping_seq = -1
         self._ping_sent_s = float("-inf")
@@ -219,7 +221,15 @@ class Hop:
         come back; only a new connection helps.
         """
         hopeless_s = _STUCK_S + self.backlog_bytes / _SLOWEST_BYTES_PER_S
-        return self.stalled_s(now_s) > hopeless_s
+        return self.stalled_s(now_s) > hopeless_s or self.is_silent(now_s)
+
+    def is_silent(self, now_s: float) -> bool:
+        """Whether so little comes back that the connection may be gone without a word, or damaged.
+
+        A pause of this process does not count: what came meanwhile was not read yet.
+        """
+        limit_s = silent_after_s(_STUCK_S, self.every_s)
+        return now_s - max(self._heard_s, self._awake_s) > limit_s
 
     def on_disconnected(self) -> list[ProbeRun]:
         """Forget what was under way, all of it lost; returns the probes that end with it."""
@@ -252,6 +262,9 @@ class Hop:
 
     def tick(self, now_s: float) -> ProbeRun | None:
         """Send a ping when one is due; returns a probe that got no answer and was given up."""
+        if now_s - self._ticked_s > _PAUSE_S:
+            self._awake_s = now_s
+        self._ticked_s = now_s
         lost = None
         if self._probe is not None and now_s - self._probe.sent_s > _PROBE_LOST_S:
             lost = self._next_probe(now_s)

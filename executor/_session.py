@@ -76,6 +76,7 @@ class Session:
         self._expected: _Json = {}
         self._recovery: Recovery | None = None
         self._hop = Hop(client_id)
+        self._endpoint = cluster.nodes[0].connect_endpoint()
         self._events: deque[Callable[[float], None]] = deque()
         self._control: deque[Parts] = deque()
         self._inputs: deque[Parts] = deque()
@@ -188,17 +189,16 @@ class Session:
         # What came is taken in before time is: after a pause of this process, too.
         self._receive_all()
         for up in link_changes(self._monitor):
-            if up:
-                self._hop.on_connected(time.monotonic())
-            else:
-                self._hop.on_disconnected()
-                self._inputs.clear()
-            if self._recovery is not None:
-                self._carry_out(self._recovery.link(up, time.monotonic()))
+            self._on_link(up)
         while self._events:
             self._events.popleft()(time.monotonic())
         now_s = time.monotonic()
         self._hop.tick(now_s)
+        if self._hop.connected and self._hop.is_silent(now_s):
+            _log.warning("nothing comes from %s any more; dialling anew", self._endpoint)
+            self._dealer.disconnect(self._endpoint)
+            self._dealer.connect(self._endpoint)
+            self._on_link(False)
         if self._recovery is not None:
             self._carry_out(self._recovery.tick(now_s))
         for seq, pending in self._requests.late(now_s):
@@ -207,6 +207,17 @@ class Session:
             )
         for queue in (self._hop.outbox, self._control, self._inputs):
             self._send_all(queue)
+
+    def _on_link(self, up: bool) -> None:
+        """The connection to the first node was made, or broke with all that was under way on it."""
+        now_s = time.monotonic()
+        if up:
+            self._hop.on_connected(now_s)
+        else:
+            self._hop.on_disconnected()
+            self._inputs.clear()
+        if self._recovery is not None:
+            self._carry_out(self._recovery.link(up, now_s))
 
     def _send_all(self, queue: deque[Parts] | Outbox) -> None:
         with contextlib.suppress(zmq.Again):
@@ -221,6 +232,7 @@ class Session:
             except zmq.Again:
                 return
             now_s = time.monotonic()
+            self._hop.on_heard(now_s)
             try:
                 if len(frames) not in (1, 2):
                     raise WireError(f"a message has 1 or 2 parts, got {len(frames)}")
@@ -263,6 +275,8 @@ class Session:
     def _take_status(self, raw: _Json, now_s: float) -> None:
         status = NodeStatus.from_json(raw, received_s=now_s, down=False)
         node = status.node
+        if node == 0:
+            self._hop.every_s = status.every_s
         if not 0 <= node < self._cluster.n_nodes:
             raise WireError(f"status of node {node}, which the chain does not have")
         with self._lock:

@@ -2,6 +2,8 @@
 
 import heapq
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -119,6 +121,53 @@ def test_silence_is_judged_by_how_often_a_node_speaks():
     assert machine.down == frozenset()
     machine.tick(2 * SILENT_AFTER_S + 0.01)
     assert machine.down == {0, 1}
+
+
+def test_a_connection_without_a_word_is_dialled_anew_but_not_after_a_pause_of_ones_own():
+    hop = Hop(b"me" * 8)
+    hop.on_connected(0.0)
+    for tenth in range(39):
+        hop.tick(0.1 * tenth)
+    assert not hop.is_silent(3.9) and hop.is_silent(4.1)
+    hop.on_heard(4.1)
+    hop.tick(4.1)
+    hop.tick(20.0)  # this process was stopped meanwhile; what came is not read yet
+    assert not hop.is_silent(20.0) and not hop.is_silent(23.9) and hop.is_silent(24.1)
+
+
+def test_a_node_survives_peers_that_leave_while_it_does_not_read():
+    """In a process of its own: what libzmq does about it else is to abort."""
+    trial = subprocess.run(
+        [sys.executable, "-c", _FULL_INBOX], capture_output=True, text=True, timeout=120
+    )
+    assert (trial.returncode, trial.stdout) == (0, "read\n"), trial.stderr
+
+
+_FULL_INBOX = """
+import time
+import zmq
+from executor._sockets import bind_router, connect_dealer
+from executor.cluster import Cluster, NodeConfig
+
+ctx, far = zmq.Context(), zmq.Context()
+nodes = NodeConfig("n", "127.0.0.1", 0), NodeConfig("m", "127.0.0.1", 1)
+cluster = Cluster("alexnet", "none", nodes)
+router, port = bind_router(ctx, cluster, nodes[0])
+target = NodeConfig("n", "127.0.0.1", port)
+dealer = connect_dealer(far, cluster, target, "client")
+for _ in range(7):  # with heartbeats every second in between, the node's process would end
+    time.sleep(0.5)
+    if dealer.poll(0, zmq.POLLOUT):
+        dealer.send(b"x", zmq.NOBLOCK)
+dealer.close(0)
+time.sleep(0.2)
+while router.poll(300):
+    router.recv_multipart()
+print("read")
+router.close(0)
+ctx.term()
+far.term()
+"""
 
 
 def test_the_refused_come_back_as_places_get_free():
