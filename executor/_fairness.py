@@ -20,7 +20,7 @@ __all__ = ["Crowd", "FairBuffer", "Shares"]
 T = TypeVar("T")
 
 _FORGET_EVERY = 1024
-_MAX_WAIT_S = 5.0
+_MAX_WAIT_S = 15.0
 _MAX_WAITING = 4096
 _ANSWERS = 64
 _ANSWERS_KEPT_S = 5.0
@@ -134,7 +134,7 @@ class FairBuffer(Generic[T]):
         served = self._shares.of
         greediest = max(self._clients, key=lambda c: (len(self._clients[c]), served(c)))
         more = len(self._clients[greediest]) - len(self._clients.get(client, ()))
-        if more < 1 or (more == 1 and served(greediest) < served(client) + 2):
+        if more < 1 or (more == 1 and served(greediest) <= served(client)):
             return None
         items = self._clients[greediest]
         item = items.pop()

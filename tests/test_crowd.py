@@ -180,9 +180,9 @@ def test_the_refused_come_back_as_places_get_free():
     crowd.answered(b"7", 1.0)
     assert len(crowd) == 39
     for i in range(1000):
-        assert crowd.refuse(b"new %d" % i, 1.0) <= 5.0
+        assert crowd.refuse(b"new %d" % i, 1.0) <= 15.0
     # Who does not come back is not waited for.
-    crowd.refuse(b"late", 12.0)
+    crowd.refuse(b"late", 32.0)
     assert len(crowd) == 1
 
 
@@ -194,7 +194,7 @@ def test_no_wait_is_endless_or_negative(events):
         if answered:
             crowd.answered(bytes([client]), now_s)
         else:
-            assert 0.0 < crowd.refuse(bytes([client]), now_s) <= 5.0
+            assert 0.0 < crowd.refuse(bytes([client]), now_s) <= 15.0
         assert len(crowd) <= 51
 
 
@@ -227,7 +227,7 @@ def test_a_crowd_is_served_alike_and_sends_little_for_nothing():
             again(core, now_s, due, numbers, hold_s, done)
     assert sum(done.values()) == n_served
     assert max(done.values()) <= 1.2 * min(done.values())
-    assert sent <= 4 * n_served
+    assert sent <= 2.5 * n_served
 
 
 def again(core, now_s, due, numbers, hold_s, done):
