@@ -155,8 +155,8 @@ def main() -> None:
             f"p99 {np.percentile(ms, 99):.1f} ms"
         )
     print(
-        f"{args.connections} connections, {args.connections / took_s:.0f}/s: {refused} counted as refused, "
-        f"{got_in} messages came through; p99 {p99[1] / p99[0]:.2f} x"
+        f"{args.connections} connections, {args.connections / took_s:.0f}/s: {refused} counted as "
+        f"refused, {got_in} messages came through; p99 {p99[1] / p99[0]:.2f} x"
     )
     # The two that were admitted hide as many that left before a handshake (HandshakeMonitor).
     if got_in or refused < args.connections - 2 or process.exitcode:
