@@ -19,10 +19,12 @@ from numpy.typing import NDArray
 
 from env.conditions import BYTES_PER_S_PER_MBPS, Conditions
 from env.cost import IntervalRecord
+from env.late import LateRule
 from env.predict import CostModel
 from env.state import SystemState
 from env.system import ARRIVAL_SMOOTHING_S, Completed, StepResult
 from executor.errors import RequestError, SplitpilotError
+from executor.late import CutTable
 from executor.plan import Plan
 
 __all__ = ["ClientLike", "LiveSystem", "Playback"]
@@ -40,7 +42,14 @@ class ClientLike(Protocol):
     def in_flight(self) -> int:
         """Requests outstanding."""
 
-    def submit(self, x: Any, plan: Plan, scheduled_s: float | None = None) -> Future[Any]:
+    def submit(
+        self,
+        x: Any,
+        plan: Plan,
+        scheduled_s: float | None = None,
+        *,
+        late: Sequence[CutTable] = (),
+    ) -> Future[Any]:
         """Run one inference."""
 
     def status(self) -> Any:
@@ -98,6 +107,7 @@ class LiveSystem:
         self.time_s = 0.0
         self.last_output: Any = None
         self._source, self._playback = source, playback
+        self._late_rule = LateRule(model) if model.scenario.late_binding else None
         n_nodes = model.profile.n_nodes
         self._probers = ThreadPoolExecutor(max(1, n_nodes - 1), thread_name_prefix="probe")
         self._probes: list[tuple[int, float, Future[list[float]]]] = []
@@ -142,6 +152,9 @@ class LiveSystem:
         begin, self._end_s = self._end_s, self._end_s + self.scenario.interval_s
         self._cuts = np.array(cuts, dtype=np.int64)
         plan = Plan(tuple(int(c) for c in cuts[0]))
+        late: tuple[CutTable, ...] = ()
+        if self._late_rule is not None and self._seen.node_up.all():
+            late = self._late_rule.tables(self._seen, self._cuts).cut_tables(0)
         offsets = self._arrivals[self._interval % len(self._arrivals)]
         self._interval += 1
         if probe_bytes is not None:
@@ -152,7 +165,8 @@ class LiveSystem:
             scheduled = begin + float(offset)
             _sleep_until(scheduled)
             try:
-                future = self.client.submit(self._source(self._sent), plan, scheduled)
+                x = self._source(self._sent)
+                future = self.client.submit(x, plan, scheduled, late=late)
             except RequestError as error:
                 log.info("request refused: %s", error)
                 refused.append(scheduled)
@@ -293,6 +307,11 @@ class LiveSystem:
         return float(measured or self.model.profile.hops[hop].bytes_per_s)
 
     def _state(self) -> SystemState:
+        """The state now; cut tables are derived from the last one that was seen."""
+        self._seen = self._measured_state()
+        return self._seen
+
+    def _measured_state(self) -> SystemState:
         status = self.client.status()
         now = time.monotonic()
         hops, n_nodes = self.model.profile.hops, self.model.profile.n_nodes

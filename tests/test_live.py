@@ -41,7 +41,10 @@ class StandInClient:
         self.statuses: dict[int, NodeStatus] = {}
         self.in_flight = 0
 
-    def submit(self, x: Any, plan: Plan, scheduled_s: float | None = None) -> Future[Any]:
+    def submit(
+        self, x: Any, plan: Plan, scheduled_s: float | None = None, *, late: Any = ()
+    ) -> Future[Any]:
+        self.late = late
         if self.refuse:
             raise RequestRefused("full")
         self.plans.append(plan)
