@@ -341,7 +341,7 @@ class Simulator:
         room = self.model.scenario.max_in_flight - self._in_flight
         refused = None
         if len(env) and np.any(count > room):
-            freed: F64 = np.minimum(self._completed_rps.take(env) * offset, self._in_flight[env])
+            freed: F64 = self._completed_rps.take(env) * offset
             fits = admitted(env, count, room.take(env) + freed)
             if self.record_requests:
                 refused = refused_rows(env[~fits], self.time_s + offset[~fits], cuts)
