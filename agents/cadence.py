@@ -6,6 +6,8 @@ reading of that list and the table that puts the results together.
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from rich.table import Table
 from agents.compare import paired_ratio
 from executor.errors import ConfigError
 
-__all__ = ["STARTUP_S", "cadence_table", "cadences", "parse_intervals"]
+__all__ = ["STARTUP_S", "cadence_table", "cadences", "parse_intervals", "run_each"]
 
 STARTUP_S = 80.0  # the same for all, and long enough for the reference's start-up at 10 s
 USUAL_S = 1.0
@@ -36,6 +38,39 @@ def parse_intervals(text: str | None) -> list[float]:
     if not all(x > 0 for x in intervals) or len(set(intervals)) < len(intervals):
         raise ConfigError(f"--interval must be different seconds above 0, got {text!r}")
     return intervals
+
+
+def run_each(
+    intervals: Sequence[float],
+    args: argparse.Namespace,
+    evaluate: Callable[[argparse.Namespace], dict[str, Any]],
+) -> dict[str, Any]:
+    """Evaluate at each interval over the same seconds.
+
+    Args:
+        intervals: Seconds.
+        args: Of the command; `intervals` in it counts the longest ones.
+        evaluate: Given the command's arguments for one interval (`interval_s`).
+
+    Returns:
+        The results `by_interval`, and `cadence` (see `cadences`).
+
+    Raises:
+        ConfigError: A plot is wanted, which shows but one interval.
+    """
+    if args.plot is not None:
+        raise ConfigError("--plot draws one interval; give one, or none, to --interval")
+    results = {}
+    for interval_s in intervals:
+        one = argparse.Namespace(**vars(args), interval_s=interval_s)
+        one.startup_s = STARTUP_S if args.startup_s is None else args.startup_s
+        if args.intervals is not None:
+            one.intervals = round(args.intervals * max(intervals) / interval_s)
+        results[interval_s] = evaluate(one)
+    return {
+        "by_interval": {f"{x:g}": found for x, found in results.items()},
+        "cadence": cadences(results),
+    }
 
 
 def cadences(results: dict[float, dict[str, Any]]) -> dict[str, Any]:
