@@ -32,6 +32,7 @@ __all__ = ["Checkpoint", "PolicyController", "PolicyNetwork", "metadata_text"]
 log = logging.getLogger(__name__)
 
 F32 = NDArray[np.float32]
+I64 = NDArray[np.int64]
 FORMAT_VERSION = 1
 ARRAYS = ("w1", "b1", "w2", "b2", "w3", "b3", "tau")
 
@@ -234,12 +235,22 @@ class PolicyController:
     def decide(self, state: SystemState, last: StepResult | None = None) -> Decision:
         """Of the plans that can be served, that of highest logit per environment."""
         self._remember(state)
-        logits = self.network.logits(self._encoder.observe(self._history, state))
+        cuts = self._best(self._history, state)
+        return Decision(cuts, idle_probes(state, self._model.scenario))
+
+    def glance(self, state: SystemState) -> I64:
+        """As `decide`, with the newest state replaced by this one; nothing is remembered."""
+        older = self._history[:, self._encoder.features :]
+        history = np.concatenate([self._encoder.encode_state(state), older], axis=1)
+        return self._best(history, state)
+
+    def _best(self, history: F32, state: SystemState) -> I64:
+        logits = self.network.logits(self._encoder.observe(history, state))
         usable = self._model.usable(state)
         if usable is not None:
             logits = np.where(usable, logits, -np.inf)
-        best = logits.argmax(axis=1)
-        return Decision(self._model.table.cuts[best], idle_probes(state, self._model.scenario))
+        best: I64 = self._model.table.cuts[logits.argmax(axis=1)]
+        return best
 
     def _remember(self, state: SystemState) -> None:
         """Take a state in: the newest, and those before it at the interval of the training."""
