@@ -6,8 +6,12 @@ from event_simulation import LateReference
 from test_simulator import conditions_of
 from toy_chain import SPEC, constant_scenario, random_cuts, toy_profile, toy_scenario
 
+from agents.branches import Branches
+from agents.controllers import Solver
+from agents.oracle import PlanSequence
 from env._accounting import MEASURED_BYTES
 from env.conditions import mean_delay_s
+from env.cost import Cost
 from env.late import ROWS, LateRule, LateTables
 from env.predict import CostModel
 from env.simulator import DRAIN_DEADLINES, Simulator
@@ -200,3 +204,25 @@ def test_chains_of_other_lengths_are_refused():
         toy_scenario(4, late_binding=True)
     with pytest.raises(ConfigError, match="3 nodes, this one has 2"):
         LateRule(CostModel(toy_profile(2), toy_scenario(2)))
+
+
+def test_branches_under_a_known_future_bind_late_too():
+    model = CostModel(toy_profile(3), toy_scenario(3, late_binding=True))
+    sim, solver = Simulator(model, 3, 2), Solver()
+    tape = sim.record(12)
+    sim = Simulator(model, 3, 0, conditions=tape.play())
+    cost = Cost(model.profile, model.references, model.scenario)
+    state, total, played = sim.reset(0), np.zeros(3), []
+    solver.reset(model, 3)
+    for _ in range(12):
+        decision = solver.decide(state)
+        played.append(decision)
+        result = sim.step(decision.cuts, decision.probe_bytes)
+        state, total = result.state, total + cost(result.record, np.ones(3))
+    total += cost(sim.drain(), np.ones(3))
+    sequence = PlanSequence.of(played)
+    found = Branches(model, tape).total(sequence.cuts, 0, sequence.probe_bytes)
+    np.testing.assert_allclose(found, total)
+    plain = CostModel(toy_profile(3), toy_scenario(3))
+    early = Branches(plain, tape).total(sequence.cuts, 0, sequence.probe_bytes)
+    assert not np.allclose(early, total)
