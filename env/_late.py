@@ -106,6 +106,133 @@ class _Lane:
         return np.where(self.at < self.end, self.time_s[self.at], NEVER)
 
 
+class _Turns:
+    """One interval of fog and hop, event by event; only environments with a choice to make.
+
+    Each of those has a row. Its next event is what leaves the fog, what reaches the fog or its hop
+    otherwise, or whose turn on the fog it is: the earliest, and of equals in this order.
+
+    Args:
+        works: Fixes what follows from a choice.
+        store: The live requests.
+        envs: [n] the environment of each row.
+        rates: The stations' rates.
+        visits: What computes on the fog, and what may (`relays`).
+        arrivals: What reaches the hop without computing on the fog, `relays` among them.
+        relays: [capacity] the slots of those that choose when they arrive.
+        fog_done: [n] work done of the request that the fog has begun.
+        frames: The hop.
+        known_rate: [n] bytes/s of the hop, as measured before.
+        rtt_s: [n] its round trip, as measured.
+    """
+
+    def __init__(
+        self,
+        works: LateBinding,
+        store: RequestStore,
+        envs: I64,
+        rates: list[Rates],
+        visits: _Lane,
+        arrivals: _Lane,
+        relays: NDArray[np.bool_],
+        fog_done: F64,
+        frames: _Frames,
+        known_rate: F64,
+        rtt_s: F64,
+    ) -> None:
+        n = len(envs)
+        self._works, self._store, self._envs, self._rates = works, store, envs, rates
+        self._visits, self._arrivals, self._relays = visits, arrivals, relays
+        self._frames, self._known_rate, self._rtt_s = frames, known_rate, rtt_s
+        self._status = np.append(np.where(relays[visits.slot], UNSEEN, READY), READY)
+        self._place = np.zeros(store.capacity, dtype=np.int64)
+        self._place[visits.slot] = np.arange(len(visits.slot))
+        self._reach, self._free_s = -fog_done, np.full(n, -NEVER)
+        self._leaves_s, self._leaving = np.full(n, NEVER), np.zeros(n, dtype=np.int64)
+
+    def run(self, dt_s: float) -> None:
+        """All events up to the interval's end."""
+        visits, arrivals = self._visits, self._arrivals
+        while True:
+            skipped = (visits.at < visits.end) & (self._status[visits.at] == RELAYED)
+            if skipped.any():
+                visits.at[skipped] += 1
+                continue
+            ready = self._status[visits.at] == READY
+            start_s = np.where(ready, np.maximum(visits.next_s(), self._free_s), NEVER)
+            arrive_s = arrivals.next_s()
+            now_s = np.minimum(np.minimum(self._leaves_s, arrive_s), start_s)
+            going = now_s <= dt_s
+            if not going.any():
+                return
+            leaves = going & (self._leaves_s <= now_s)
+            arrives = going & ~leaves & (arrive_s <= now_s)
+            starts = going & ~leaves & ~arrives
+            for which, handle in (
+                (leaves, self._leave),
+                (arrives, self._arrive),
+                (starts, self._start),
+            ):
+                row = np.flatnonzero(which)
+                if len(row):
+                    handle(row, now_s[row])
+
+    def _leave(self, row: I64, now_s: F64) -> None:
+        """The fog has finished, and hands on."""
+        self._send(row, self._leaving[row], now_s)
+        self._leaves_s[row] = NEVER
+
+    def _arrive(self, row: I64, now_s: F64) -> None:
+        """Something reaches the hop: it is sent, unless it is computed on the fog after all."""
+        slot = self._arrivals.slot[self._arrivals.at[row]]
+        self._arrivals.at[row] += 1
+        chooses = self._relays[slot]
+        stays = np.zeros(len(row), dtype=bool)
+        if chooses.any():
+            late = slot[chooses]
+            cut = self._pick(row[chooses], late, now_s[chooses])
+            stays[chooses] = computed = cut > self._store.cuts[late, 0]
+            self._works.fix(self._store, late[computed], cut[computed])
+            self._status[self._place[late]] = np.where(computed, READY, RELAYED)
+            self._store.late_limit_s[:, late[~computed]] = -NEVER
+        self._relays[slot[~stays]] = False
+        self._send(row[~stays], slot[~stays], now_s[~stays])
+
+    def _start(self, row: I64, now_s: F64) -> None:
+        """Somebody's turn on the fog has come."""
+        store, at, env = self._store, self._visits.at[row], self._envs[row]
+        slot, arrived_s = self._visits.slot[at], self._visits.time_s[at]
+        self._visits.at[row] += 1
+        late = store.late_limit_s[0].take(slot) >= 0.0
+        if late.any():
+            chosen = slot[late]
+            cut = self._pick(row[late], chosen, np.maximum(now_s[late], 0.0))
+            self._works.fix(store, chosen, cut)
+            store.late_limit_s[:, chosen] = -NEVER
+        done = self._reach[row]
+        from_ = self._rates[FOG].reach(env, np.maximum(arrived_s, 0.0))
+        done = np.where(arrived_s > 0.0, np.maximum(from_, done), done)
+        self._reach[row] = done + store.work[FOG].take(slot)
+        self._free_s[row] = self._rates[FOG].time(env, self._reach[row])
+        crosses = store.work[HOP].take(slot) >= 0.0
+        self._leaves_s[row] = np.where(crosses, self._free_s[row], NEVER)
+        self._leaving[row] = slot
+
+    def _send(self, row: I64, slot: I64, now_s: F64) -> None:
+        size, probe = self._store.work[HOP].take(slot), self._store.is_probe.take(slot)
+        self._frames.add(row, self._envs[row], now_s, size, probe, self._rates[HOP])
+
+    def _pick(self, row: I64, slot: I64, now_s: F64) -> I64:
+        """The cuts that the tables name now."""
+        store = self._store
+        backlog_s = self._frames.backlog_s(row, now_s, self._known_rate[row], self._rtt_s[row])
+        hit = backlog_s <= store.late_limit_s[:, slot]
+        named = store.late_cut[hit.argmax(axis=0), slot]
+        cut = np.where(hit.any(axis=0), named, store.cuts[slot, 1])
+        bound: I64 = np.maximum(cut, store.cuts[slot, 0])
+        return bound
+
+
 class LateBinding:
     """Makes the late choices of an interval, and fixes the works that follow from them."""
 
@@ -165,83 +292,15 @@ class LateBinding:
         arrivals = _Lane(direct[ours], direct_s[ours], d_row[ours], n)
         relays = np.zeros(store.capacity, dtype=bool)
         relays[direct[gate]] = True
-        status = np.append(np.where(relays[visits.slot], UNSEEN, READY), READY)
-        place = np.zeros(store.capacity, dtype=np.int64)
-        place[visits.slot] = np.arange(len(visits.slot))
-        room = int(np.bincount(np.concatenate([v_row[v_row >= 0], d_row[ours]]), minlength=n).max())
-        frames = _Frames(room, -hop_done[envs], hop_start_s[envs].copy())
-        known_rate, rtt_s = known_rate[envs], rtt_s[envs]
-        reach, free_s = -fog_done[envs], np.full(n, -NEVER)
-        leaves_s, leaving = np.full(n, NEVER), np.zeros(n, dtype=np.int64)
-
-        def pick(row: I64, slot: I64, time_s: F64) -> I64:
-            """The cuts that the tables name now; they are then used up."""
-            backlog_s = frames.backlog_s(row, time_s, known_rate[row], rtt_s[row])
-            hit = backlog_s <= store.late_limit_s[:, slot]
-            named = store.late_cut[hit.argmax(axis=0), slot]
-            cut = np.where(hit.any(axis=0), named, store.cuts[slot, 1])
-            bound: I64 = np.maximum(cut, store.cuts[slot, 0])
-            return bound
-
-        while True:
-            skipped = (visits.at < visits.end) & (status[visits.at] == RELAYED)
-            if skipped.any():
-                visits.at[skipped] += 1
-                continue
-            ready = status[visits.at] == READY
-            start_s = np.where(ready, np.maximum(visits.next_s(), free_s), NEVER)
-            arrive_s = arrivals.next_s()
-            now_s = np.minimum(np.minimum(leaves_s, arrive_s), start_s)
-            going = now_s <= dt_s
-            if not going.any():
-                break
-            leaves = going & (leaves_s <= now_s)
-            arrives = going & ~leaves & (arrive_s <= now_s)
-
-            row = np.flatnonzero(leaves)
-            if len(row):
-                slot = leaving[row]
-                size = store.work[HOP].take(slot)
-                frames.add(row, envs[row], now_s[row], size, store.is_probe[slot], rates[HOP])
-                leaves_s[row] = NEVER
-            row = np.flatnonzero(arrives)
-            if len(row):
-                slot, time_s = arrivals.slot[arrivals.at[row]], now_s[row]
-                arrivals.at[row] += 1
-                chooses = relays[slot]
-                stays = np.zeros(len(row), dtype=bool)
-                if chooses.any():
-                    late = slot[chooses]
-                    cut = pick(row[chooses], late, time_s[chooses])
-                    stays[chooses] = cut > store.cuts[late, 0]
-                    self._fix(store, late[stays[chooses]], cut[stays[chooses]])
-                    status[place[late]] = np.where(stays[chooses], READY, RELAYED)
-                    store.late_limit_s[:, late[~stays[chooses]]] = -NEVER
-                relays[slot[~stays]] = False
-                on, slot, time_s = row[~stays], slot[~stays], time_s[~stays]
-                size = store.work[HOP].take(slot)
-                frames.add(on, envs[on], time_s, size, store.is_probe[slot], rates[HOP])
-            row = np.flatnonzero(going & ~leaves & ~arrives)
-            if len(row):
-                at = visits.at[row]
-                slot, arrived_s = visits.slot[at], visits.time_s[at]
-                visits.at[row] += 1
-                late = store.late_limit_s[0].take(slot) >= 0.0
-                if late.any():
-                    chosen = slot[late]
-                    cut = pick(row[late], chosen, np.maximum(now_s[row[late]], 0.0))
-                    self._fix(store, chosen, cut)
-                    store.late_limit_s[:, chosen] = -NEVER
-                env = envs[row]
-                from_ = rates[FOG].reach(env, np.maximum(arrived_s, 0.0))
-                done = np.where(arrived_s > 0.0, np.maximum(from_, reach[row]), reach[row])
-                reach[row] = done + store.work[FOG].take(slot)
-                free_s[row] = rates[FOG].time(env, reach[row])
-                crosses = store.work[HOP].take(slot) >= 0.0
-                leaves_s[row], leaving[row] = np.where(crosses, free_s[row], NEVER), slot
+        room = np.bincount(np.concatenate([v_row[v_row >= 0], d_row[ours]]), minlength=n).max()
+        frames = _Frames(int(room), -hop_done[envs], hop_start_s[envs])
+        _Turns(
+            self, store, envs, rates, visits, arrivals, relays, fog_done[envs], frames,
+            known_rate[envs], rtt_s[envs],
+        ).run(dt_s)  # fmt: skip
         self._move(relays, hop, flows)  # what is left of them joined the queue
 
-    def _fix(self, store: RequestStore, slot: I64, cut: I64) -> None:
+    def fix(self, store: RequestStore, slot: I64, cut: I64) -> None:
         """Write the works of fog, hop and cloud for that cut of the fog."""
         start, n = store.cuts[slot, 0], self._n
         fog_s = self._fog_s.take(cut) - self._fog_s.take(start) + self._fog_overhead_s
