@@ -58,8 +58,9 @@ def run_each(
     Raises:
         ConfigError: A plot is wanted, which shows but one interval.
     """
-    if args.plot is not None:
-        raise ConfigError("--plot draws one interval; give one, or none, to --interval")
+    for option in ("plot", "report"):
+        if getattr(args, option) is not None:
+            raise ConfigError(f"--{option} shows one interval; give one, or none, to --interval")
     results = {}
     for interval_s in intervals:
         one = argparse.Namespace(**vars(args), interval_s=interval_s)

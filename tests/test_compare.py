@@ -283,7 +283,7 @@ def test_command_runs_a_live_system_seed_by_seed(profile_file, tmp_path, monkeyp
         (["--interval", "1,1"], "--interval must be different seconds above 0"),
         (["--interval", "0.12", "--arms", "solver"], "must be a multiple of 0.05 s, got 0.12 s"),
         (["--interval", "60", "--arms", "solver"], "interval_s must lie in 0.05..10 s, got 60"),
-        (["--interval", "1,2", "--plot", "x.png"], "--plot draws one interval"),
+        (["--interval", "1,2", "--plot", "x.png"], "--plot shows one interval"),
         (["--scenario", "/nowhere.toml"], "cannot read scenario /nowhere.toml"),
         (["--profile", "/nowhere.json"], "cannot read profile /nowhere.json"),
         (["--arms", "solver", "--json", "/proc/none/out.json"], "cannot write /proc/none"),
