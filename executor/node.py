@@ -47,7 +47,7 @@ from executor.cluster import Cluster, NodeConfig
 from executor.energy import best_meter
 from executor.errors import ConfigError
 from executor.logs import add_log_arguments, configure_logging
-from executor.model import sample_input
+from executor.model import UnitChain, sample_input
 from executor.pacing import LoadTrace, Pacer
 
 __all__ = ["Node", "main"]
@@ -97,6 +97,7 @@ class Node:
         backend: str | None = None,
         ratio: float | None = None,
         insecure: bool = False,
+        chain: UnitChain | None = None,
     ) -> None:
         """Bind, build the model and start computing; `serve` then moves frames.
 
@@ -107,6 +108,7 @@ class Node:
             backend: Overrides the cluster's backend for this node.
             ratio: Emulated slowness, see `executor.pacing.Pacer`; None runs at full speed.
             insecure: Allow listening off loopback without keys.
+            chain: The model, where it is built already (eager); else it is built here.
 
         Raises:
             ConfigError: A setting is wrong, or the port is taken.
@@ -141,9 +143,10 @@ class Node:
             direct = cluster.direct_target(index)
             for target in (*following, *([direct] if direct else [])):
                 self._dialled.append(_Dialled(self._ctx, cluster, target, role))
-            chain, backend = build_backend(
-                backend or cluster.backend, cluster.model, cluster.weights, device=device
-            )
+            if chain is None:
+                chain, backend = build_backend(
+                    backend or cluster.backend, cluster.model, cluster.weights, device=device
+                )
             # The first pass builds kernels; no request should pay for that.
             x = sample_input(0, chain.spec.input_shape).to(chain.device)
             chain.run(x, 0, chain.spec.n_units)
@@ -155,7 +158,7 @@ class Node:
                 "input_bytes": chain.spec.cut_bytes[0],
                 "device": config.device,
                 "torch_device": device,
-                "backend": backend,
+                "backend": backend or "eager",
                 "torch": torch.__version__,
                 "machine": platform.machine(),
                 "ratio": ratio,
