@@ -23,7 +23,14 @@ from executor._hop import Hop, Parts, localise
 from executor._outbox import Outbox
 from executor._pending import Pending, PendingTable
 from executor._records import NodeStatus, Reply, RequestRecord, hello_problem, node_index
-from executor._sockets import connect_dealer, link_changes, watch_link
+from executor._requests import split
+from executor._sockets import (
+    connect_dealer,
+    link_changes,
+    receive_parts,
+    send_parts,
+    watch_link,
+)
 from executor.cluster import Cluster
 from executor.errors import RequestError, RequestRefused, RequestTimeout, WireError
 from executor.plan import Plan
@@ -35,7 +42,6 @@ from executor.wire import (
     check_body,
     decode_json,
     pack,
-    parse_header,
 )
 
 if TYPE_CHECKING:
@@ -45,7 +51,9 @@ __all__ = ["Session"]
 
 _log = logging.getLogger(__name__)
 
-_TICK_MS = 50
+_TICK_S = 0.05
+_IN = int(zmq.POLLIN)
+_IN_OUT = int(zmq.POLLIN | zmq.POLLOUT)
 _FAILURES: dict[str, type[RequestError]] = {
     "timeout": RequestTimeout,
     "refused": RequestRefused,
@@ -87,6 +95,8 @@ class Session:
         except BaseException:
             self._ctx.term()
             raise
+        self._incoming = zmq.Poller()
+        self._incoming.register(self._dealer, _IN)
         self._monitor = watch_link(self._dealer)
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
@@ -166,14 +176,24 @@ class Session:
         for source in (self._wake_read, self._monitor):
             poller.register(source, zmq.POLLIN)
         try:
+            blocked, tick_s = False, 0.0
+            poller.register(self._dealer, _IN)
             while not self._closed:
-                waiting = self._hop.outbox or self._control or self._inputs
-                poller.register(self._dealer, zmq.POLLIN | (zmq.POLLOUT if waiting else 0))
-                poller.poll(_TICK_MS)
-                with contextlib.suppress(BlockingIOError):
-                    while self._wake_read.recv(4096):
-                        pass
-                self._turn()
+                waiting = bool(self._hop.outbox or self._control or self._inputs)
+                if waiting != blocked:
+                    blocked = waiting
+                    poller.register(self._dealer, _IN_OUT if blocked else _IN)
+                wait_s = max(0.0, tick_s - time.monotonic())
+                ready = dict(poller.poll(int(1000 * wait_s) + 1))
+                if self._wake_read.fileno() in ready:
+                    self._wake_read.recv(4096)
+                # What came is taken in before time is: after a pause of this process, too.
+                self._turn(self._monitor in ready)
+                if time.monotonic() >= tick_s:
+                    self._tick(time.monotonic())
+                    tick_s = time.monotonic() + _TICK_S
+                for queue in (self._hop.outbox, self._control, self._inputs):
+                    self._send_all(queue)
         finally:
             self._dealer.disable_monitor()
             self._monitor.close(0)
@@ -183,10 +203,10 @@ class Session:
             for pending in self._requests.close():
                 pending.future.set_exception(RequestError("the client was closed"))
 
-    def _turn(self) -> None:
-        # What came is taken in before time is: after a pause of this process, too.
+    def _turn(self, news: bool) -> None:
+        """Take in what came, and what other threads want; `news` of the connection last."""
         self._receive_all()
-        for up in link_changes(self._monitor):
+        for up in link_changes(self._monitor) if news else ():
             if up:
                 self._hop.on_connected(time.monotonic())
             else:
@@ -196,7 +216,9 @@ class Session:
                 self._carry_out(self._recovery.link(up, time.monotonic()))
         while self._events:
             self._events.popleft()(time.monotonic())
-        now_s = time.monotonic()
+
+    def _tick(self, now_s: float) -> None:
+        """Do what is due by the clock."""
         self._hop.tick(now_s)
         if self._recovery is not None:
             self._carry_out(self._recovery.tick(now_s))
@@ -204,27 +226,20 @@ class Session:
             pending.future.set_exception(
                 RequestTimeout(f"request {seq}: no answer before its deadline")
             )
-        for queue in (self._hop.outbox, self._control, self._inputs):
-            self._send_all(queue)
 
     def _send_all(self, queue: deque[Parts] | Outbox) -> None:
-        with contextlib.suppress(zmq.Again):
-            while queue:
-                self._dealer.send_multipart(queue[0], zmq.NOBLOCK, copy=False)
-                queue.popleft()
+        if queue:
+            with contextlib.suppress(zmq.Again):
+                while queue:
+                    send_parts(self._dealer, queue[0])
+                    queue.popleft()
 
     def _receive_all(self) -> None:
-        while True:
-            try:
-                frames = self._dealer.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                return
+        while self._incoming.poll(0):
+            parts = receive_parts(self._dealer)
             now_s = time.monotonic()
             try:
-                if len(frames) not in (1, 2):
-                    raise WireError(f"a message has 1 or 2 parts, got {len(frames)}")
-                header = parse_header(frames[0].buffer)
-                body = frames[1].buffer if len(frames) == 2 else None
+                header, body = split(parts)
                 check_body(header, body)
             except WireError as error:
                 self._log_bad(error)
@@ -349,13 +364,9 @@ class Session:
             if isinstance(instruction, Send):
                 pending = self._requests.get(instruction.seq)
                 if pending is not None and pending.header is not None:
-                    header = replace(
-                        pending.header,
-                        seq=instruction.seq,
-                        cuts=instruction.plan.cuts,
-                        tries=instruction.tries,
-                        direct=instruction.direct,
-                    )
+                    header = pending.header  # nobody keeps it: what is sent are its bytes
+                    header.seq, header.cuts = instruction.seq, instruction.plan.cuts
+                    header.tries, header.direct = instruction.tries, instruction.direct
                     self._inputs.append([pack(header), pending.body or b""])
             elif isinstance(instruction, Fail):
                 ended = self._requests.settle(instruction.seq)

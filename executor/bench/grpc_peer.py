@@ -52,7 +52,10 @@ class _Serving:
         import grpc
 
         lock = threading.Lock()
-        self._channel, following = (None, None) if place.last else _dial(place, place.index + 1)
+        self._channel: Any = None
+        following: Any = None
+        if not place.last:
+            self._channel, following = _dial(place, place.index + 1)
         cut = place.stage[0]
 
         def infer(request: bytes, context: object) -> bytes:

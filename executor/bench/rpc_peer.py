@@ -60,7 +60,7 @@ def _join(place: Place) -> None:
         )
 
 
-@async_execution
+@async_execution  # type: ignore[untyped-decorator]
 def infer(x: torch.Tensor) -> Any:
     """One node's part (runs on the node): a future of the chain's output."""
     with _lock:

@@ -106,7 +106,7 @@ class System:
 
 def find_systems() -> tuple[dict[str, System], dict[str, str]]:
     """Those that can run here by name, this executor first; and why the others cannot."""
-    from executor.bench import grpc_peer, ours, pickle_peer, ray_peer, rpc_peer
+    from executor.bench import grpc_peer, ours, pickle_peer, rpc_peer
 
     found: dict[str, System] = {}
     missing: dict[str, str] = {}
