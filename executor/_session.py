@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import select
 import socket
 import threading
 import time
@@ -20,7 +21,6 @@ import zmq
 from numpy.typing import NDArray
 
 from executor._hop import Hop, Parts, localise
-from executor._outbox import Outbox
 from executor._pending import Pending, PendingTable
 from executor._records import NodeStatus, Reply, RequestRecord, hello_problem, node_index
 from executor._requests import split
@@ -52,6 +52,7 @@ __all__ = ["Session"]
 _log = logging.getLogger(__name__)
 
 _TICK_S = 0.05
+# As plain numbers: combining pyzmq's flags takes longer than asking.
 _IN = int(zmq.POLLIN)
 _IN_OUT = int(zmq.POLLIN | zmq.POLLOUT)
 _FAILURES: dict[str, type[RequestError]] = {
@@ -87,6 +88,7 @@ class Session:
         self._control: deque[Parts] = deque()
         self._inputs: deque[Parts] = deque()
         self._lock = threading.Lock()
+        self._lock_sockets = threading.Lock()  # whoever holds it may use sockets and recovery
         self._status: dict[int, NodeStatus] = {}
         self._closed = False
         self._ctx: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -95,9 +97,11 @@ class Session:
         except BaseException:
             self._ctx.term()
             raise
-        self._incoming = zmq.Poller()
-        self._incoming.register(self._dealer, _IN)
+        self._poller = zmq.Poller()
         self._monitor = watch_link(self._dealer)
+        for source in (self._dealer, self._monitor):
+            self._poller.register(source, _IN)
+        self._blocked = False
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
@@ -125,13 +129,28 @@ class Session:
         self._post_event(event)
 
     def submit(self, seq: int, plan: Plan, deadline_s: float) -> None:
-        """Run a registered inference."""
+        """Run a registered inference; this thread sends it, unless the session's is at work."""
 
         def event(now_s: float) -> None:
             assert self._recovery is not None
             self._carry_out(self._recovery.submitted(seq, plan, deadline_s, now_s))
 
-        self._post_event(event)
+        self._events.append(event)
+        # Never waited for: a future's callback may submit, on the thread that holds it.
+        if not self._lock_sockets.acquire(blocking=False):
+            self._wake()
+            return
+        try:
+            if self._closed:
+                return
+            self._run_events()
+            self._send_everything()
+            # What came in while sending is not signalled any more.
+            more = bool(self._ready())
+        finally:
+            self._lock_sockets.release()
+        if more or self._events:
+            self._wake()
 
     def prefer(self, plans: Sequence[Plan]) -> None:
         """Set the plans to fall back on."""
@@ -172,41 +191,47 @@ class Session:
 
     def _serve(self) -> None:
         """Move frames until the session is closed (background thread)."""
-        poller = zmq.Poller()
-        for source in (self._wake_read, self._monitor):
-            poller.register(source, zmq.POLLIN)
+        # ZeroMQ's descriptors, not its sockets, so that others may use those meanwhile. They signal
+        # only the edge: whoever lets go of the sockets leaves nothing to take in.
+        poller = select.poll()
+        for fd in (self._wake_read.fileno(), self._dealer.FD, self._monitor.FD):
+            poller.register(fd, select.POLLIN)
+        tick_s = 0.0
         try:
-            blocked, tick_s = False, 0.0
-            poller.register(self._dealer, _IN)
             while not self._closed:
-                waiting = bool(self._hop.outbox or self._control or self._inputs)
-                if waiting != blocked:
-                    blocked = waiting
-                    poller.register(self._dealer, _IN_OUT if blocked else _IN)
                 wait_s = max(0.0, tick_s - time.monotonic())
-                ready = dict(poller.poll(int(1000 * wait_s) + 1))
-                if self._wake_read.fileno() in ready:
+                events = poller.poll(int(1000 * wait_s) + 1)
+                if (self._wake_read.fileno(), select.POLLIN) in events:
                     self._wake_read.recv(4096)
-                # What came is taken in before time is: after a pause of this process, too.
-                self._turn(self._monitor in ready)
-                if time.monotonic() >= tick_s:
-                    self._tick(time.monotonic())
-                    tick_s = time.monotonic() + _TICK_S
-                for queue in (self._hop.outbox, self._control, self._inputs):
-                    self._send_all(queue)
+                with self._lock_sockets:
+                    if time.monotonic() >= tick_s:
+                        # What came is taken in before time is: after a pause of this process, too.
+                        self._turn()
+                        self._tick(time.monotonic())
+                        tick_s = time.monotonic() + _TICK_S
+                    self._send_everything()
+                    while self._turn():
+                        self._send_everything()
         finally:
-            self._dealer.disable_monitor()
-            self._monitor.close(0)
-            self._dealer.close(0)
-            self._wake_read.close()
-            self._ctx.term()
+            with self._lock_sockets:
+                self._closed = True
+                self._dealer.disable_monitor()
+                self._monitor.close(0)
+                self._dealer.close(0)
+                self._wake_read.close()
+                self._ctx.term()
             for pending in self._requests.close():
                 pending.future.set_exception(RequestError("the client was closed"))
 
-    def _turn(self, news: bool) -> None:
-        """Take in what came, and what other threads want; `news` of the connection last."""
-        self._receive_all()
-        for up in link_changes(self._monitor) if news else ():
+    def _turn(self) -> bool:
+        """Take in what came, then news of the connection, then what others want; whether any."""
+        ready = self._ready()
+        if not ready and not self._events:
+            return False
+        while ready.get(self._dealer, 0) & _IN:
+            self._receive()
+            ready = {**ready, self._dealer: 0, **self._ready()}
+        for up in link_changes(self._monitor) if self._monitor in ready else ():
             if up:
                 self._hop.on_connected(time.monotonic())
             else:
@@ -214,6 +239,18 @@ class Session:
                 self._inputs.clear()
             if self._recovery is not None:
                 self._carry_out(self._recovery.link(up, time.monotonic()))
+        self._run_events()
+        return True
+
+    def _ready(self) -> dict[Any, int]:
+        """Sockets that have something, or can take something that waits."""
+        waiting = bool(self._hop.outbox or self._control or self._inputs)
+        if waiting != self._blocked:
+            self._blocked = waiting
+            self._poller.register(self._dealer, _IN_OUT if waiting else _IN)
+        return dict(self._poller.poll(0))
+
+    def _run_events(self) -> None:
         while self._events:
             self._events.popleft()(time.monotonic())
 
@@ -227,29 +264,30 @@ class Session:
                 RequestTimeout(f"request {seq}: no answer before its deadline")
             )
 
-    def _send_all(self, queue: deque[Parts] | Outbox) -> None:
-        if queue:
-            with contextlib.suppress(zmq.Again):
-                while queue:
-                    send_parts(self._dealer, queue[0])
-                    queue.popleft()
+    def _send_everything(self) -> None:
+        for queue in (self._hop.outbox, self._control, self._inputs):
+            if queue:
+                with contextlib.suppress(zmq.Again):
+                    while queue:
+                        send_parts(self._dealer, queue[0])
+                        queue.popleft()
 
-    def _receive_all(self) -> None:
-        while self._incoming.poll(0):
-            parts = receive_parts(self._dealer)
-            now_s = time.monotonic()
-            try:
-                header, body = split(parts)
-                check_body(header, body)
-            except WireError as error:
-                self._log_bad(error)
-                if self._recovery is not None:
-                    self._carry_out(self._recovery.damaged(now_s))
-                continue
-            try:
-                self._take(header, body, now_s)
-            except WireError as error:
-                self._log_bad(error)
+    def _receive(self) -> None:
+        """Take one message, which must be there."""
+        parts = receive_parts(self._dealer)
+        now_s = time.monotonic()
+        try:
+            header, body = split(parts)
+            check_body(header, body)
+        except WireError as error:
+            self._log_bad(error)
+            if self._recovery is not None:
+                self._carry_out(self._recovery.damaged(now_s))
+            return
+        try:
+            self._take(header, body, now_s)
+        except WireError as error:
+            self._log_bad(error)
 
     def _log_bad(self, error: WireError) -> None:
         _log.warning("bad frame from node %s: %s", self._cluster.nodes[0].name, error)

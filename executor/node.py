@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -377,6 +378,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, lambda *_: node.drain(args.drain_s))
         signal.signal(signal.SIGINT, lambda *_: node.stop())
         watch(node)
+        # A full collection would go through all of torch: tens of ms in the middle of a request.
+        gc.collect()
+        gc.freeze()
         print(f"READY {node.port}", flush=True)
         _log.info("serving on port %d", node.port, extra={"port": node.port})
         try:

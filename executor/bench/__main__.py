@@ -26,6 +26,7 @@ _SIZES_KIB = (4, 64, 512, 1024, 3072, 12288)
 _MODELS = ("alexnet", "mobilenet_v2", "vgg16")
 _IN_FLIGHT = (1, 4, 8)
 _CASE_LIMIT_S = 120.0
+_LONG_REQUEST_S = 5.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seconds", type=float, help="no further round of a case begins after these (12)")
     add("--sizes", help="sizes to echo in KiB, e.g. 4,64,1024; none for no echo")
     add("--systems", help="what to compare, e.g. executor,grpc (all that can run here)")
+    add("--long", type=int, metavar="N", help="instead: N requests, another plan every 50")
     add("--json", type=Path, help="write the figures here")
     add("--plot", type=Path, help="draw the comparison here (PNG, SVG, PDF)")
     return parser
@@ -66,6 +68,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--rounds must be at least 2, got {args.rounds}")
     if not 0 < args.seconds <= 3600:
         raise ConfigError(f"--seconds must be in 0..3600, got {args.seconds:g}")
+    if args.long is not None and args.long < 1:
+        raise ConfigError(f"--long must be at least 1, got {args.long}")
     args.sizes = _sizes(args.sizes)
     for path in (args.json, args.plot):
         if path is not None and not path.absolute().parent.is_dir():
@@ -89,16 +93,18 @@ def _sizes(text: str | None) -> list[int]:
 
 
 def _run(args: argparse.Namespace) -> int:
-    # Read by the libraries that torch brings when they are loaded, so before that.
-    os.environ |= {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "GRPC_VERBOSITY": "NONE"}
     import torch
 
     from executor.bench.hosts import in_process
     from executor.bench.measure import Effort, run_case
     from executor.bench.report import facts, plot, summary, table
     from executor.bench.systems import find_systems
+    from executor.networks import check_model
 
-    torch.set_num_threads(1)
+    for model in args.model:
+        check_model(model)
+    if args.long is not None:
+        return _run_long(args)
     systems, missing = find_systems()
     if args.systems is not None:
         known = {name.replace(" ", "-"): name for name in (*systems, *missing)}
@@ -113,24 +119,46 @@ def _run(args: argparse.Namespace) -> int:
         raise ConfigError(f"nothing to measure; {missing}")
     for name, why in missing.items():
         print(f"{name} skipped: {why}", flush=True)
+    torch.set_num_threads(1)
     effort = Effort(args.rounds, args.seconds)
     limit_s = _CASE_LIMIT_S + 10 * args.seconds
     done: list[dict[str, Any]] = []
     for case in _cases(args):
         done.append(summary(in_process(lambda: run_case(case, systems, effort), limit_s)))  # noqa: B023
         print(table(done[-1:]), flush=True)
-    result = {"facts": facts(), "missing": missing, "cases": done}
-    if args.json is not None:
-        try:
-            args.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"cannot write {args.json}: {error}") from error
+    _store({"facts": facts(), "missing": missing, "cases": done}, args.json)
     if args.plot is not None:
         plot(done, args.plot)
     wrong = sum(s["wrong"] for case in done for s in case["systems"].values())
     if wrong:
         print(f"executor.bench: {wrong} outputs were wrong", file=sys.stderr)
     return 1 if wrong else 0
+
+
+def _run_long(args: argparse.Namespace) -> int:
+    """The long run of the first model; returns the exit code."""
+    import torch
+
+    from executor.bench.cases import build_model, model_case
+    from executor.bench.hosts import in_process
+    from executor.bench.longrun import describe, run_long
+
+    torch.set_num_threads(1)
+    case = model_case(build_model(args.model[0]), 3)
+    limit_s = _CASE_LIMIT_S + _LONG_REQUEST_S * args.long
+    result = in_process(lambda: run_long(case, args.long), limit_s)
+    print(describe(result))
+    _store(result, args.json)
+    return 1 if result["wrong"] else 0
+
+
+def _store(result: dict[str, Any], path: Path | None) -> None:
+    if path is None:
+        return
+    try:
+        path.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error}") from error
 
 
 def _cases(args: argparse.Namespace) -> Iterator[Case]:
@@ -143,11 +171,13 @@ def _cases(args: argparse.Namespace) -> Iterator[Case]:
     for number, model in enumerate(args.model):
         chain = build_model(model)
         yield model_case(chain, 2, _IN_FLIGHT if args.full else ())
-        three = model_case(chain, 3, _IN_FLIGHT)
+        three = model_case(chain, 3, _IN_FLIGHT if args.full or number == 0 else ())
         yield three
         if number == 0:
             yield three.shaped(DEFAULT_HOPS)
 
 
 if __name__ == "__main__":
+    # Read by the libraries that torch brings when they are loaded, so before that.
+    os.environ |= {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "GRPC_VERBOSITY": "NONE"}
     sys.exit(main())

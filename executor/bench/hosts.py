@@ -8,10 +8,13 @@ it starts any library, the nodes. Each ends when its parent's end of its pipe is
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
+import os
 import socket
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -20,7 +23,8 @@ import torch
 from executor.bench.systems import HOST, Place, Serving, System
 from executor.errors import SplitpilotError
 
-__all__ = ["BenchError", "Host", "in_process", "reserve_port", "resident_mib"]
+__all__ = ["BenchError", "Host", "Report", "in_process", "open_files", "reserve_port"]
+__all__ += ["resident_mib"]
 
 START_S = 90.0
 _FORK = multiprocessing.get_context("fork")
@@ -28,6 +32,21 @@ _FORK = multiprocessing.get_context("fork")
 
 class BenchError(SplitpilotError):
     """A process of the bench failed; the message says which, and how."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a node's process says of itself.
+
+    Attributes:
+        stage_s: Seconds of its stages since the last report.
+        memory_mib: Its anonymous resident memory.
+        open_files: Its open file descriptors.
+    """
+
+    stage_s: list[float]
+    memory_mib: float
+    open_files: int
 
 
 class Host:
@@ -90,7 +109,7 @@ def _host(system: System, place: Place, pipe: Connection, inherited: list[Connec
                 else:
                     taken_s = list(place.chain.taken_s)
                     place.chain.taken_s.clear()
-                    pipe.send((True, (taken_s, resident_mib())))
+                    pipe.send((True, Report(taken_s, resident_mib(), open_files())))
             except Exception as error:  # of any library; it goes to the runner
                 pipe.send((False, f"{type(error).__name__}: {error}"))
     if node is not None:
@@ -103,6 +122,8 @@ def in_process(work: Callable[[], Any], timeout_s: float) -> Any:
     Raises:
         BenchError: It failed, or took too long.
     """
+    gc.collect()
+    gc.freeze()  # else a collection in any of the processes goes through all of torch
     near, far = _FORK.Pipe()
     process = _FORK.Process(target=_work, args=(work, far, near), name="bench runner")
     process.start()
@@ -140,6 +161,11 @@ def reserve_port(stack: ExitStack) -> int:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     sock.bind((HOST, 0))
     return int(sock.getsockname()[1])
+
+
+def open_files() -> int:
+    """Open file descriptors of this process."""
+    return len(os.listdir("/proc/self/fd"))
 
 
 def resident_mib() -> float:

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from executor.bench.cases import Case
-from executor.bench.hosts import BenchError, Host, reserve_port
+from executor.bench.hosts import BenchError, Host, Report, reserve_port
 from executor.bench.systems import Link, Place, Serving, System
 from executor.bench.wire_floor import Sink, Wire
 from executor.testbed import Relay
 
-__all__ = ["CaseResult", "Effort", "SystemResult", "run_case"]
+__all__ = ["CaseResult", "Effort", "Running", "SystemResult", "drain", "run_case"]
 
 _WARM_ROUNDS = 3
 _STREAMS = 2
@@ -95,7 +95,7 @@ def run_case(case: Case, systems: dict[str, System], effort: Effort) -> CaseResu
     if case.hops:
         result.skipped = {s.name: s.unshaped for s in systems.values() if s.unshaped}
     taking_part = [s for s in systems.values() if s.name not in result.skipped]
-    with _Running(case, taking_part) as running:
+    with Running(case, taking_part) as running:
         _rounds(case, running, effort, result)
         for _ in range(_STREAMS):
             for in_flight in case.in_flight:
@@ -104,7 +104,7 @@ def run_case(case: Case, systems: dict[str, System], effort: Effort) -> CaseResu
     return result
 
 
-class _Running:
+class Running:
     """All nodes of a case, and the links to them. A context manager."""
 
     def __init__(self, case: Case, systems: list[System]) -> None:
@@ -174,7 +174,7 @@ class _Running:
             for host in hosts:
                 host.answer()
 
-    def __enter__(self) -> _Running:
+    def __enter__(self) -> Running:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -200,7 +200,7 @@ def _no_link(place: Place) -> Link:
 _WIRE = System("bare wire", _serve_sink, _no_link)
 
 
-def _rounds(case: Case, running: _Running, effort: Effort, result: CaseResult) -> None:
+def _rounds(case: Case, running: Running, effort: Effort, result: CaseResult) -> None:
     """One request per system and round; who goes first changes."""
     names = list(running.links)
     result.systems = {name: SystemResult() for name in names}
@@ -210,7 +210,7 @@ def _rounds(case: Case, running: _Running, effort: Effort, result: CaseResult) -
         if number == _WARM_ROUNDS:
             deadline_s = time.monotonic() + effort.seconds
             for name in names:
-                _drain(running.hosts[name])
+                drain(running.hosts[name])
             result.systems = {name: SystemResult() for name in names}
             running.wire.taken_s = {n: [] for n in running.wire.taken_s}
         if time.monotonic() > deadline_s:
@@ -225,10 +225,11 @@ def _rounds(case: Case, running: _Running, effort: Effort, result: CaseResult) -
             system.latency_s.append(time.monotonic() - begun_s)
             system.wrong += not torch.equal(output, case.outputs[which])
     for name in names:
-        drained = _drain(running.hosts[name])
+        drained = drain(running.hosts[name])
         system = result.systems[name]
-        system.memory_mib = [memory for _, memory in drained]
-        system.stage_s = [sum(stages) for stages in zip(*(t for t, _ in drained), strict=True)]
+        system.memory_mib = [node.memory_mib for node in drained]
+        per_node = (node.stage_s for node in drained)
+        system.stage_s = [sum(stages) for stages in zip(*per_node, strict=True)]
         if len(system.stage_s) != len(system.latency_s):
             raise BenchError(
                 f"{name}: {len(system.latency_s)} requests ran {len(system.stage_s)} stages"
@@ -255,20 +256,20 @@ def _stream(
     case: Case, hosts: list[Host], link: Link, in_flight: int, system: SystemResult
 ) -> None:
     """Throughput with so many in flight."""
-    n = _STREAM_REQUESTS + 2 * in_flight
+    n = _STREAM_REQUESTS + 2 * in_flight  # full from the first completions to the last
     xs = [case.inputs[k % len(case.inputs)] for k in range(n)]
-    _drain(hosts)
+    drain(hosts)
     done_s = link.pump(xs, in_flight)
     rate_rps = (n - 2 * in_flight) / (done_s[n - 1 - in_flight] - done_s[in_flight - 1])
-    stages = [taken[in_flight : n - in_flight] for taken, _ in _drain(hosts)]
+    stages = [node.stage_s[in_flight : n - in_flight] for node in drain(hosts)]
     means = [sum(taken) / len(taken) for taken in stages]
     cores = len(os.sched_getaffinity(0))
     system.rate_rps.setdefault(in_flight, []).append(rate_rps)
     system.bound_rps.setdefault(in_flight, []).append(min(1 / max(means), cores / sum(means)))
 
 
-def _drain(hosts: list[Host]) -> list[tuple[list[float], float]]:
-    """Per node, the seconds its stages have taken since the last time, and its memory."""
+def drain(hosts: list[Host]) -> list[Report]:
+    """What each node's process has to report; its stages' seconds start anew."""
     for host in hosts:
         host.ask("drain")
     return [host.answer() for host in hosts]

@@ -14,7 +14,7 @@ from executor.client import Client
 from executor.cluster import Cluster, NodeConfig
 from executor.node import Node
 
-__all__ = ["SYSTEM", "missing"]
+__all__ = ["SYSTEM", "Link", "missing"]
 
 
 def missing() -> str:
@@ -42,25 +42,35 @@ class _Serving:
         self._node.close()
 
 
-class _Link:
+class Link:
+    """A client of this executor.
+
+    Attributes:
+        plan: Where the next requests are cut.
+    """
+
     def __init__(self, place: Place) -> None:
-        self._plan = place.plan
+        self.plan = place.plan
         self._client = Client(_cluster(place), timeout_s=DEADLINE_S)
         self._client.connect(DEADLINE_S)
 
     def call(self, x: torch.Tensor) -> torch.Tensor:
-        output = self._client.submit(x, self._plan).result().output
+        """Run one inference and wait for its output."""
+        output = self._client.submit(x, self.plan).result().output
         assert isinstance(output, torch.Tensor)
         return output
 
     def pump(self, xs: Sequence[torch.Tensor], in_flight: int) -> list[float]:
+        """Run all of them, so many at a time."""
+
         def submit(x: torch.Tensor) -> Any:
-            return self._client.submit(x, self._plan)
+            return self._client.submit(x, self.plan)
 
         return pump_futures(submit, xs, in_flight)
 
     def close(self) -> None:
+        """Disconnect."""
         self._client.close()
 
 
-SYSTEM = System("executor", _Serving, _Link)
+SYSTEM = System("executor", _Serving, Link)
