@@ -31,6 +31,7 @@ from executor.plan import Plan
 __all__ = [
     "BATTERY_WH",
     "ArmRun",
+    "Trajectory",
     "best_static_cuts",
     "bootstrap_mean",
     "paired_ratio",
@@ -55,12 +56,29 @@ SETTLE_S = 10.0
 
 
 @dataclass
+class Trajectory:
+    """The first condition's intervals one by one, start-up included; T elements each.
+
+    Attributes:
+        cuts: [T, H] the plan in force.
+        measured_bytes_per_s: [T, H] bandwidth as the controller saw it when it decided.
+        in_flight: Requests outstanding at the interval's end.
+        latency_s: Mean latency of the requests that completed in it; NaN where none did.
+    """
+
+    cuts: I64
+    measured_bytes_per_s: F64
+    in_flight: F64
+    latency_s: F64
+
+
+@dataclass
 class ArmRun:
     """What one arm did on R conditions (environments of a batch, or one run after the other).
 
     Attributes:
         name: The arm's name.
-        intervals: Steady-state intervals per condition.
+        intervals: Steady-state intervals per condition, on average.
         startup: Spent before the steady state, [R] rows.
         steady: Spent in it, run-out excluded.
         drained: Spent running out what was outstanding at its end.
@@ -72,10 +90,11 @@ class ArmRun:
         decide_s: CPU seconds of each call of `decide` in the steady state (on a busy machine wall
             time would measure the others).
         profile_passes: Forward passes every node spent on profiling before the first interval.
+        trajectory: The first condition, interval by interval.
     """
 
     name: str
-    intervals: int
+    intervals: float
     startup: IntervalRecord
     steady: IntervalRecord
     drained: IntervalRecord
@@ -86,6 +105,7 @@ class ArmRun:
     probe_j: F64
     decide_s: list[float]
     profile_passes: int
+    trajectory: Trajectory
 
     @property
     def rows(self) -> int:
@@ -113,7 +133,7 @@ class ArmRun:
         first = np.cumsum([0] + [r.rows for r in runs])
         return cls(
             name=runs[0].name,
-            intervals=runs[0].intervals,
+            intervals=sum(r.intervals * r.rows for r in runs) / int(first[-1]),
             latency_s=np.concatenate([r.latency_s for r in runs]),
             latency_row=np.concatenate(
                 [r.latency_row + f for r, f in zip(runs, first, strict=False)]
@@ -123,6 +143,7 @@ class ArmRun:
             probe_j=np.concatenate([r.probe_j for r in runs]),
             decide_s=[t for r in runs for t in r.decide_s],
             profile_passes=runs[0].profile_passes,
+            trajectory=runs[0].trajectory,
             **records,
         )
 
@@ -160,6 +181,7 @@ def run_arm(
     latencies: list[F64] = []
     rows: list[I64] = []
     decide_s: list[float] = []
+    seen: list[tuple[I64, F64, float, float]] = []
     last, cuts = None, None
     steady_from_s = startup * model.scenario.interval_s
 
@@ -174,9 +196,12 @@ def run_arm(
         decision = controller.decide(state, last)
         elapsed = time.thread_time() - begin
         on_decision(decision)
+        measured = state.bytes_per_s[0].copy()
         last = system.step(decision.cuts, decision.probe_bytes)
-        state = last.state
-        records[steady].add(last.record)
+        state, record = last.state, last.record
+        mean_s = record.latency_sum_s[0] / record.completed[0] if record.completed[0] else np.nan
+        seen.append((decision.cuts[0].copy(), measured, float(state.in_flight[0]), float(mean_s)))
+        records[steady].add(record)
         if steady:
             decide_s.append(elapsed)
             if cuts is not None:
@@ -206,6 +231,7 @@ def run_arm(
         probe_j=probe_j,
         decide_s=decide_s,
         profile_passes=_profile_passes(controller),
+        trajectory=Trajectory(*(np.array(column) for column in zip(*seen, strict=True))),
     )
 
 

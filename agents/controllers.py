@@ -211,18 +211,31 @@ def _paper(name: str, every: int | None, constrained: bool) -> Callable[[ArmCont
     return make
 
 
+def _trained(context: ArmContext) -> Checkpoint:
+    if context.checkpoint is None:
+        raise ConfigError(
+            "the policy arms need a checkpoint; make one with "
+            f"`python train.py --model {context.model.profile.spec.name}`"
+        )
+    return context.checkpoint
+
+
 def _policy(zeroed: bool) -> Callable[[ArmContext], Controller]:
     def make(context: ArmContext) -> Controller:
         from agents.runtime import PolicyController
 
-        if context.checkpoint is None:
-            raise ConfigError(
-                "the policy arms need a checkpoint; make one with "
-                f"`python train.py --model {context.model.profile.spec.name}`"
-            )
-        return PolicyController(context.checkpoint, zeroed=zeroed)
+        return PolicyController(_trained(context), zeroed=zeroed)
 
     return make
+
+
+def _guarded(context: ArmContext) -> Controller:
+    from agents.guard import GuardedController
+    from agents.per_row import PerRow
+    from agents.runtime import PolicyController
+
+    checkpoint = _trained(context)
+    return PerRow("guarded", lambda: GuardedController(PolicyController(checkpoint)))
 
 
 ARMS: dict[str, Callable[[ArmContext], Controller]] = {
@@ -240,6 +253,7 @@ ARMS: dict[str, Callable[[ArmContext], Controller]] = {
     "linucb": _linucb,
     "policy-zeroed": _policy(True),
     "policy": _policy(False),
+    "guarded": _guarded,
     "oracle": _oracle,
 }
 

@@ -15,13 +15,11 @@ from prometheus_client.registry import Collector
 
 from agents.telemetry import Telemetry
 from executor._http import Response, Route, json_response
-from executor.metrics import histogram_family, metrics_route
+from executor.metrics import Samples, family, histogram_family, metrics_route
 
 __all__ = ["AgentCollector", "agent_routes"]
 
 PREFIX = "splitpilot_agent_"
-
-_Samples = Iterable[tuple[list[str], float | None]]
 
 
 class AgentCollector(Collector):
@@ -115,17 +113,9 @@ def _each(names: list[str], values: Sequence[float | None]) -> list[tuple[list[s
     return [([name], value) for name, value in zip(names, values, strict=True)]
 
 
-def _gauge(name: str, text: str, labels: list[str], samples: _Samples) -> Metric:
-    family = GaugeMetricFamily(PREFIX + name, text, labels=labels)
-    for values, value in samples:
-        if value is not None:
-            family.add_metric(values, float(value))
-    return family
+def _gauge(name: str, text: str, labels: list[str], samples: Samples) -> Metric:
+    return family(GaugeMetricFamily, PREFIX + name, text, labels, samples)
 
 
-def _counter(name: str, text: str, labels: list[str], samples: _Samples) -> Metric:
-    family = CounterMetricFamily(PREFIX + name, text, labels=labels)
-    for values, value in samples:
-        if value is not None:
-            family.add_metric(values, float(value))
-    return family
+def _counter(name: str, text: str, labels: list[str], samples: Samples) -> Metric:
+    return family(CounterMetricFamily, PREFIX + name, text, labels, samples)

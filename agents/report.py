@@ -12,7 +12,7 @@ from executor.errors import ConfigError
 
 __all__ = ["TABLE_WIDTH", "plot", "table"]
 
-TABLE_WIDTH = 140
+TABLE_WIDTH = 146
 COLUMNS = (
     "cost",
     "x static (95 %)",

@@ -2,18 +2,25 @@
 
 python benchmarks/kill_train.py --kills 20            # train.py with its nodes: a valid checkpoint?
 python benchmarks/kill_train.py --kills 20 --simulator  # the simulator phase alone: the same bits?
+
+With `--folder DIR --minutes 4` it stops after so long, and the next call goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
+import math
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +31,7 @@ from agents.training import TrainingSettings, train_policy
 from env.predict import CostModel
 from env.scenario import Scenario
 from env.synthetic import synthetic_profile
+from executor.files import write_atomic
 from executor.model import model_spec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,36 +108,66 @@ def main() -> None:
     parser.add_argument("--simulator", action="store_true", help="the simulator phase alone")
     parser.add_argument("--steps", type=int, default=163_840, help="of each training")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="keep what was done here, and go on from there")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no kill after these")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child is not None:
         train_simulator(args.child, args.steps)
         return
-    rng = random.Random(args.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        whole = Path(folder) / "whole"
-        whole.mkdir()
-        begun_s = time.monotonic()
-        finish(command(whole, args))
-        whole_s = time.monotonic() - begun_s
-        print(f"uninterrupted: {whole_s:.1f} s", flush=True)
-        resumed = 0
-        for kill in range(args.kills):
-            directory = Path(folder) / f"kill-{kill}" / "alexnet"
-            directory.mkdir(parents=True)
-            process = start(command(directory, args))
-            after_s = rng.uniform(0.0, whole_s)
-            try:
-                process.wait(after_s)
-            except subprocess.TimeoutExpired:
-                process.kill()
-            process.communicate()
-            found = "resuming " in finish(command(directory, args, "--resume"))
-            check(directory, whole, args.simulator)
-            resumed += found
-            what = "resumed" if found else "began anew"
-            print(f"kill {kill + 1} after {after_s:5.1f} s: {what}, as it should be", flush=True)
+    with contextlib.ExitStack() as stack:
+        folder = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        until_s = time.monotonic() + 60.0 * args.minutes
+        state = begin(folder, args)
+        for kill in range(len(state["kills"]), args.kills):
+            if time.monotonic() > until_s:
+                print(f"{kill} of {args.kills} kills so far; call again to go on")
+                return
+            state["kills"].append(one_kill(folder, kill, state["whole_s"], args))
+            write_atomic(folder / "state.json", json.dumps(state).encode())
+        resumed = sum(k["resumed"] for k in state["kills"][: args.kills])
     print(f"{args.kills} kills, all as they should be; {resumed} resumed in the middle")
+
+
+def begin(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """What was done so far in this folder; at first, a training without a kill."""
+    settings = {"simulator": args.simulator, "steps": args.steps, "seed": args.seed}
+    file, whole = folder / "state.json", folder / "whole"
+    if file.exists():
+        state: dict[str, Any] = json.loads(file.read_text())
+        if state["settings"] != settings:
+            sys.exit(f"{folder} was begun with {state['settings']}, not {settings}")
+        return state
+    shutil.rmtree(whole, ignore_errors=True)
+    whole.mkdir(parents=True)
+    begun_s = time.monotonic()
+    finish(command(whole, args))
+    state = {"settings": settings, "whole_s": time.monotonic() - begun_s, "kills": []}
+    print(f"uninterrupted: {state['whole_s']:.1f} s", flush=True)
+    write_atomic(file, json.dumps(state).encode())
+    return state
+
+
+def one_kill(folder: Path, kill: int, whole_s: float, args: argparse.Namespace) -> dict[str, Any]:
+    """Kill a training at a random moment, resume it, check what it leaves."""
+    directory = folder / f"kill-{kill}" / "alexnet"
+    shutil.rmtree(directory.parent, ignore_errors=True)
+    directory.mkdir(parents=True)
+    process = start(command(directory, args))
+    after_s = random.Random(f"{args.seed}/{kill}").uniform(0.0, whole_s)
+    try:
+        process.wait(after_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+    process.communicate()
+    killed = process.returncode < 0
+    found = "resuming " in finish(command(directory, args, "--resume"))
+    check(directory, folder / "whole", args.simulator)
+    shutil.rmtree(directory.parent)
+    how = "resumed" if found else "began anew"
+    what = how if killed else f"had ended; {how}"
+    print(f"kill {kill + 1} after {after_s:5.1f} s: {what}, as it should be", flush=True)
+    return {"after_s": round(after_s, 1), "killed": killed, "resumed": found}
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from env.conditions import BYTES_PER_S_PER_MBPS, process_mean, typical_mbps
 from env.cost import References
 from env.scenario import Scenario
 from executor.errors import ConfigError
-from executor.plan import Plan, candidate_plans, plan_mask
+from executor.plan import Plan, candidate_plans, constrained_plans, plan_mask
 from executor.profile import Profile
 
 if TYPE_CHECKING:
@@ -94,9 +94,8 @@ class CostModel:
         self.profile = profile
         self.scenario = scenario
         self.references = references or References.of(profile, scenario)
-        every = candidate_plans(profile.spec, profile.n_nodes)
-        mask = plan_mask(every, profile.spec, constrained=scenario.constrained)
-        self.plans = tuple(p for p, ok in zip(every, mask, strict=True) if ok)
+        plans = constrained_plans if scenario.constrained else candidate_plans
+        self.plans = plans(profile.spec, profile.n_nodes)
         self.table = PlanTable(profile, self.plans)
         self._direct = dict(direct or {})
         self._usable: dict[bytes, Mask] = {}

@@ -55,11 +55,13 @@ class Condition:
         name: Bandwidth source, its factor where it is not 1, and arrivals: "hsdpa-x10-steady".
         family: The bandwidth's source.
         scenario: Plays the traces.
+        change_every_s: Bandwidth and load change at this pace (`env.changing`), not at their own.
     """
 
     name: str
     family: str
     scenario: Scenario
+    change_every_s: float | None = None
 
 
 @dataclass(frozen=True)

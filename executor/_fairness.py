@@ -4,6 +4,9 @@ A queue that refuses whoever comes when it is full is unfair: one client that se
 full, and the others' requests meet a full queue. Here the client with most requests waiting loses
 its newest one instead, if it has at least two more than the newcomer. Where there are more clients
 than places, and it has only one more, those decide that were served lately.
+
+Whoever is refused is told when to come again. Two hundred clients that each try ten times a second,
+with half a megabyte every time, would otherwise leave a node no time for anything but refusing.
 """
 
 from __future__ import annotations
@@ -12,11 +15,17 @@ import collections
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-__all__ = ["FairBuffer", "Shares"]
+__all__ = ["Crowd", "FairBuffer", "Shares"]
 
 T = TypeVar("T")
 
 _FORGET_EVERY = 1024
+_MAX_WAIT_S = 15.0
+_MAX_WAITING = 4096
+_ANSWERS = 64
+_ANSWERS_KEPT_S = 5.0
+# Supposed as long as too few answers were seen.
+_FIRST_RATE_RPS = 10.0
 
 
 class Shares:
@@ -38,6 +47,46 @@ class Shares:
         if self._since >= _FORGET_EVERY:
             self._since = 0
             self._served = {c: n // 2 for c, n in self._served.items() if n > 1}
+
+
+class Crowd:
+    """Clients that were refused, and when each should come again.
+
+    Each is sent away for as long as it takes to answer one request of each: then about as many come
+    as places get free. Bounded.
+    """
+
+    def __init__(self) -> None:
+        """Start with nobody."""
+        self._refused_s: collections.OrderedDict[bytes, float] = collections.OrderedDict()
+        self._answered_s: collections.deque[float] = collections.deque(maxlen=_ANSWERS)
+
+    def __len__(self) -> int:
+        return len(self._refused_s)
+
+    def answered(self, client: bytes, now_s: float) -> None:
+        """A request of `client` was answered: a place is free, and this client had its turn."""
+        self._answered_s.append(now_s)
+        self._refused_s.pop(client, None)
+
+    def refuse(self, client: bytes, now_s: float) -> float:
+        """A request of `client` is refused; returns the seconds until it should come again."""
+        self._refused_s[client] = now_s
+        self._refused_s.move_to_end(client)
+        oldest_s = next(iter(self._refused_s.values()))
+        # Who has not come back for so long has given up.
+        while len(self._refused_s) > _MAX_WAITING or now_s - oldest_s > 2 * _MAX_WAIT_S:
+            self._refused_s.popitem(last=False)
+            oldest_s = next(iter(self._refused_s.values()))
+        return min(_MAX_WAIT_S, len(self._refused_s) / self._rate_rps(now_s))
+
+    def _rate_rps(self, now_s: float) -> float:
+        answers = self._answered_s
+        while answers and now_s - answers[0] > _ANSWERS_KEPT_S:
+            answers.popleft()
+        if len(answers) < 2 or now_s <= answers[0]:
+            return _FIRST_RATE_RPS
+        return (len(answers) - 1) / (now_s - answers[0])
 
 
 class FairBuffer(Generic[T]):
@@ -85,7 +134,7 @@ class FairBuffer(Generic[T]):
         served = self._shares.of
         greediest = max(self._clients, key=lambda c: (len(self._clients[c]), served(c)))
         more = len(self._clients[greediest]) - len(self._clients.get(client, ()))
-        if more < 1 or (more == 1 and served(greediest) < served(client) + 2):
+        if more < 1 or (more == 1 and served(greediest) <= served(client)):
             return None
         items = self._clients[greediest]
         item = items.pop()

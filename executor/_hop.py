@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import collections
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from executor._listeners import STATUS_PERIOD_S, silent_after_s
 from executor._outbox import Outbox, Parts
 from executor.link import PING_PERIOD_S, ClockOffset, PassiveEstimator
 from executor.wire import Header, HopStamp, Kind, StageStamp, array_body, pack
 
-__all__ = ["Hop", "Parts", "ProbeRun", "localise"]
+__all__ = ["Hop", "Parts", "ProbeRun", "hop_status", "localise", "short"]
 
 Key = tuple[bytes, int, int]
 
@@ -28,7 +30,8 @@ _MAX_OUTBOX = 1024
 _PROBE_LOST_S = 60.0
 _MAX_PROBES = 64
 _STUCK_S = 4.0
-# Six of the neighbour's heartbeats.
+_PAUSE_S = 1.0
+# Six of the neighbour's heartbeats, or three where it has many to tell.
 _SILENT_S = 0.6
 _SLOWEST_BYTES_PER_S = 5000.0
 
@@ -51,6 +54,7 @@ class Hop:
     Attributes:
         target: The neighbour's place in the chain.
         connected: Whether the owner's socket is connected to it; None as long as that is not known.
+        every_s: How often the neighbour says that its STATUS comes.
         outbox: Messages to send; the owner takes them out.
         lost: Requests found lost on the way, as (client, seq, try); the owner takes them out.
         rate: Passive bandwidth estimate from acknowledged frames.
@@ -61,6 +65,7 @@ class Hop:
         """Start with nothing known; `own_id` (16 bytes) marks this sender's own pings."""
         self.target = target
         self.connected: bool | None = None
+        self.every_s = STATUS_PERIOD_S
         self.outbox = Outbox(self._on_handed)
         self.lost: list[Key] = []
         self.rate = PassiveEstimator()
@@ -72,6 +77,7 @@ class Hop:
         self._unacked: collections.deque[tuple[Key, int, float]] = collections.deque()
         self._moved_s = float("-inf")
         self._heard_s = float("-inf")
+        self._ticked_s = self._awake_s = float("-inf")
         self._new_clock = False
         self._ping_seq = -1
         self._ping_sent_s = float("-inf")
@@ -205,7 +211,8 @@ class Hop:
         """Whether the link is connected and not silent; None as long as that is not known."""
         if self.connected is None:
             return None
-        return self.connected and now_s - self._heard_s <= _SILENT_S
+        limit_s = silent_after_s(_SILENT_S, self.every_s)
+        return self.connected and now_s - self._heard_s <= limit_s
 
     def is_stuck(self, now_s: float) -> bool:
         """Whether the connection is beyond hope: slower than any hop this is meant for.
@@ -214,7 +221,15 @@ class Hop:
         come back; only a new connection helps.
         """
         hopeless_s = _STUCK_S + self.backlog_bytes / _SLOWEST_BYTES_PER_S
-        return self.stalled_s(now_s) > hopeless_s
+        return self.stalled_s(now_s) > hopeless_s or self.is_silent(now_s)
+
+    def is_silent(self, now_s: float) -> bool:
+        """Whether so little comes back that the connection may be gone without a word, or damaged.
+
+        A pause of this process does not count: what came meanwhile was not read yet.
+        """
+        limit_s = silent_after_s(_STUCK_S, self.every_s)
+        return now_s - max(self._heard_s, self._awake_s) > limit_s
 
     def on_disconnected(self) -> list[ProbeRun]:
         """Forget what was under way, all of it lost; returns the probes that end with it."""
@@ -247,6 +262,9 @@ class Hop:
 
     def tick(self, now_s: float) -> ProbeRun | None:
         """Send a ping when one is due; returns a probe that got no answer and was given up."""
+        if now_s - self._ticked_s > _PAUSE_S:
+            self._awake_s = now_s
+        self._ticked_s = now_s
         lost = None
         if self._probe is not None and now_s - self._probe.sent_s > _PROBE_LOST_S:
             lost = self._next_probe(now_s)
@@ -274,6 +292,24 @@ class Hop:
         body = None if payload is None else array_body(header, payload)
         self.send(header, body, now_s)
         return self._seq
+
+
+def hop_status(hop: Hop | None, now_s: float) -> dict[str, Any]:
+    """What a STATUS says of the hop to the next node; `hop` is None on the last node."""
+    estimate = hop.rate.estimate(now_s) if hop is not None else None
+    return {
+        "hop_backlog_bytes": hop.backlog_bytes if hop is not None else 0,
+        "hop_bytes_per_s": short(estimate.bytes_per_s) if estimate is not None else None,
+        "hop_rtt_s": short(hop.rate.rtt_s) if hop is not None else None,
+        "hop_age_s": short(estimate.age_s) if estimate is not None else None,
+        "hop_up": hop.is_up(now_s) if hop is not None else None,
+        "stalled_s": round(hop.stalled_s(now_s), 3) if hop is not None else 0.0,
+    }
+
+
+def short(value: float | None) -> float | None:
+    """Six significant digits are enough, and keep the heartbeat small."""
+    return None if value is None else float(f"{value:.6g}")
 
 
 def _key(header: Header) -> Key:

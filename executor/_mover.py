@@ -97,15 +97,22 @@ class Mover:
         """
         while self.outcomes:
             self._feed(self._core.on_outcome, self.outcomes.popleft())
+        # What came is taken in before time is: after a pause of this process, too.
+        more = self._take_all()
         if self._core.due_s(time.monotonic()) <= 0:
             self._tick()
+            # What was sent may have let something in unsignalled.
+            more = self._take_all()
+        return 0 if more else min(_MAX_WAIT_MS, int(self._core.due_s(time.monotonic()) * 1000) + 1)
+
+    def _take_all(self) -> bool:
+        """Take what there is, up to a bound; whether there is more."""
         for _ in range(_ROUNDS_PER_TURN):
-            # Last of all, for what was sent may have let something in unsignalled.
             ready = self._ready()
             if not ready:
-                return min(_MAX_WAIT_MS, int(self._core.due_s(time.monotonic()) * 1000) + 1)
+                return False
             self._take(ready)
-        return 0
+        return True
 
     def _ready(self) -> dict[Any, int]:
         for end, link in self._links:

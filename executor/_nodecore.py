@@ -19,12 +19,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from executor._compute import FairQueue, Job, Outcome
-from executor._hop import Hop, Parts, ProbeRun, localise
+from executor._fairness import Crowd
+from executor._hop import Hop, Parts, ProbeRun, hop_status, localise, short
 from executor._limits import PeerLimits, Routes
-from executor._requests import Refusal, check_size, over_rate, short, split, whole
+from executor._listeners import STATUS_PERIOD_S, Listeners
+from executor._requests import Refusal, check_size, over_rate, seconds, split, stage_of, whole
 from executor._ways import Way, Ways
 from executor.energy import Meter
-from executor.errors import ConfigError, FrameDamaged, WireError
+from executor.errors import FrameDamaged, WireError
 from executor.plan import ModelSpec, Plan, next_node
 from executor.wire import (
     Header,
@@ -43,10 +45,6 @@ __all__ = ["CoreConfig", "NodeCore"]
 
 _log = logging.getLogger(__name__)
 
-_STATUS_PERIOD_S = 0.1
-# A listener is kept through a frame that takes this long to arrive on a slow hop.
-_LISTENER_KEPT_S = 30.0
-_MAX_LISTENERS = 256
 _LOG_PERIOD_S = 1.0
 _MAX_PROBE_REPEATS = 100
 _MAX_PROBE_BYTES = 16 * 2**20
@@ -123,9 +121,11 @@ class NodeCore:
         self._routes = Routes()
         self._limits = PeerLimits(config.peer_rate_rps)
         self._ways = Ways()
-        self._listeners: dict[bytes, float] = {}
+        self._crowd = Crowd()
+        self._listeners = Listeners(config.n_nodes)
         self._last_received_s = 0.0
         self._next_status_s = 0.0
+        self._urgent = False
         self._logged_s = float("-inf")
         self._unlogged = 0
 
@@ -136,7 +136,7 @@ class NodeCore:
         except WireError as error:
             self._bad_frame(f"from upstream: {error}", now_s)
             return
-        self._listen(identity, now_s)
+        self._listeners.heard(identity, now_s)
         admitted = self._limits.admit(identity, now_s)
         if header.kind is Kind.PING:
             if not admitted:
@@ -167,7 +167,7 @@ class NodeCore:
             self._bad_frame(str(error), now_s)
             self._error(header, "bad_body", str(error))
         except Refusal as refusal:
-            self._refuse(header, refusal)
+            self._refuse(header, refusal, now_s)
 
     def on_downstream(self, parts: Parts, now_s: float, link: Hop | None = None) -> None:
         """Take a message from a node after this one, over the hop unless `link` says otherwise."""
@@ -199,7 +199,7 @@ class NodeCore:
             if ended is not None:
                 self._probe_done(ended)
         elif header.kind is Kind.STATUS:
-            self._broadcast(header, body)
+            self._relay_status(header, body, link, now_s)
         elif header.kind in (
             Kind.RESULT,
             Kind.ERROR,
@@ -207,6 +207,8 @@ class NodeCore:
             Kind.PROFILE_REPLY,
             Kind.PROBE_REPLY,
         ):
+            if header.kind is Kind.RESULT:
+                self._crowd.answered(header.client, now_s)
             self._to_client(header, body)
         else:
             self._bad_frame(f"{header.kind.name} does not come from downstream", now_s)
@@ -219,7 +221,7 @@ class NodeCore:
             for run in link.on_disconnected():
                 self._error(run.request, "hop_down", "the connection broke", link.target)
             self._lose(self._ways.over(link), "hop_down", "the connection broke", link)
-        self._next_status_s = now_s  # whoever listens should know at once
+        self._next_status_s, self._urgent = now_s, True  # whoever listens should know at once
 
     def on_outcome(self, outcome: Outcome, now_s: float) -> None:
         """Take what the compute thread finished."""
@@ -246,12 +248,13 @@ class NodeCore:
             body = array_body(header, outcome.output)
             if k == Plan(header.cuts).last_node(self.config.spec.n_units):
                 header.kind = Kind.RESULT
+                self._crowd.answered(header.client, now_s)
                 self._to_client(header, body)
                 return
             try:
                 self._send_down(header, body, now_s)
             except Refusal as refusal:
-                self._refuse(header, refusal)
+                self._refuse(header, refusal, now_s)
 
     def due_s(self, now_s: float) -> float:
         """Seconds until `tick` has something to do."""
@@ -268,45 +271,30 @@ class NodeCore:
                 self.stuck.append(link)
         if now_s < self._next_status_s:
             return
-        self._next_status_s = max(self._next_status_s, now_s) + _STATUS_PERIOD_S
-        for identity, heard_s in list(self._listeners.items()):
-            if now_s - heard_s > _LISTENER_KEPT_S:
-                del self._listeners[identity]
-        if self._listeners:
+        self._next_status_s = max(self._next_status_s, now_s) + STATUS_PERIOD_S
+        self._listeners.forget_silent(now_s)
+        listeners = self._listeners
+        told = listeners.everybody() if self._urgent else listeners.turn(self.config.index)
+        self._urgent = False
+        if told:
             header = Header(Kind.STATUS, clock_s=(now_s, 0.0, 0.0))
-            self._broadcast(header, attach(header, encode_json(self._status(now_s))))
+            self._tell(told, header, attach(header, encode_json(self._status(now_s))))
 
     def forget(self, identity: bytes) -> None:
         """Drop a peer that cannot be reached any more."""
-        self._listeners.pop(identity, None)
+        self._listeners.forget(identity)
         self._limits.forget(identity)
 
     def _infer(
         self, identity: bytes, header: Header, body: memoryview | None, now_s: float
     ) -> None:
         """Compute, or only relay, an inference."""
-        k, spec = self.config.index, self.config.spec
+        k = self.config.index
         if k > 0:
             ack = header.reply(Kind.ACK)
             ack.clock_s = (header.clock_s[0], now_s, time.monotonic())
             self.up.append((identity, [pack(ack)]))
-        if header.digest != self.config.digest:
-            raise Refusal(
-                "wrong_model",
-                f"runs weights {self.config.digest.hex()}, asked for {header.digest.hex()}",
-            )
-        try:
-            plan = Plan(header.cuts)
-            plan.check(spec.n_units, self.config.n_nodes)
-        except ConfigError as error:
-            raise Refusal("bad_plan", str(error)) from None
-        if k > plan.last_node(spec.n_units):
-            raise Refusal("bad_plan", f"plan {plan} ends before this node")
-        start, stop = plan.stage(k, spec.n_units)
-        expected = spec.cut_bytes[start]
-        if header.dtype is None or header.dtype.name != "float32" or header.body_bytes != expected:
-            got = f"{header.body_bytes} bytes of {header.dtype or 'no dtype'}"
-            raise WireError(f"cut {start} carries {expected} bytes of float32, got {got}")
+        start, stop = stage_of(header, k, self.config.n_nodes, self.config.spec, self.config.digest)
         old = self._ways.get(header)
         if old is not None and header.tries <= old.header.tries:
             self.duplicates += 1
@@ -330,16 +318,16 @@ class NodeCore:
             self._send_down(header, body, now_s)
         elif way.job is None:
             way.job = Job(header, body, start, stop)
-            self._enqueue(way.job)
+            self._enqueue(way.job, now_s)
 
-    def _enqueue(self, job: Job) -> None:
+    def _enqueue(self, job: Job, now_s: float) -> None:
         """Queue a job; somebody is refused where there is no room, in fairness."""
         reason = f"its queue is full ({self.config.max_queue} requests); send slower"
-        refusal, out = Refusal("refused", reason), self._jobs.put(job)
+        refusal, out = Refusal("refused", reason, full=True), self._jobs.put(job)
         if out is job:
             raise refusal
         if out is not None:
-            self._refuse(out.header, refusal)
+            self._refuse(out.header, refusal, now_s)
 
     def _send_down(self, header: Header, body: memoryview | None, now_s: float) -> None:
         n_units, k = self.config.spec.n_units, self.config.index
@@ -352,11 +340,12 @@ class NodeCore:
                 "refused",
                 f"{link.backlog_bytes} bytes wait on its hop "
                 f"({self.config.max_queue} requests); send slower",
+                full=True,
             )
             displaced = link.displace(header.client)
             if displaced is None:
                 raise refusal
-            self._refuse(displaced, refusal)
+            self._refuse(displaced, refusal, now_s)
         header.clock_s = (now_s, 0.0, 0.0)
         # A direct link's stamps stand at the last of the hops that it leads past.
         header.hops[link.target - 1] = HopStamp(sent_s=now_s)
@@ -391,7 +380,7 @@ class NodeCore:
             self.hop.forward(header, body)
         elif header.kind is Kind.PROFILE:
             repeats = whole(request, "repeats", 1, _MAX_PROFILE_REPEATS)
-            self._enqueue(Job(header, profile_repeats=repeats))
+            self._enqueue(Job(header, profile_repeats=repeats), now_s)
         else:
             assert self.hop is not None
             self._check_link(self.hop)
@@ -425,55 +414,58 @@ class NodeCore:
         self._json_up(run.request.reply(Kind.PROBE_REPLY), {"rtts_s": run.rtts_s})
 
     def _status(self, now_s: float) -> dict[str, Any]:
-        values: dict[str, Any] = {
+        return {
             "node": self.config.index,
             "queue_len": len(self._jobs),
-            "hop_backlog_bytes": 0,
-            "hop_bytes_per_s": None,
-            "hop_rtt_s": None,
-            "hop_age_s": None,
-            "hop_up": self.hop.is_up(now_s) if self.hop is not None else None,
+            **hop_status(self.hop, now_s),
             "direct_up": self.direct.is_up(now_s) if self.direct is not None else None,
-            "stalled_s": round(self.hop.stalled_s(now_s), 3) if self.hop is not None else 0.0,
             "boot": str(self.config.hello.get("boot", "")),
             "refused": self.refused,
             "bad_frames": self.bad_frames,
             "duplicates": self.duplicates,
+            "every_s": round(self._listeners.every_s, 3),
+            "meter": self._meter.name,
+            "energy_j": short(self._meter.read_j()),
+            **self._measure(now_s),
         }
-        if self.hop is not None:
-            values["hop_backlog_bytes"] = self.hop.backlog_bytes
-            values["hop_rtt_s"] = short(self.hop.rate.rtt_s)
-            estimate = self.hop.rate.estimate(now_s)
-            if estimate is not None:
-                values["hop_bytes_per_s"] = short(estimate.bytes_per_s)
-                values["hop_age_s"] = short(estimate.age_s)
-        values["meter"] = self._meter.name
-        values["energy_j"] = short(self._meter.read_j())
-        return {**values, **self._measure(now_s)}
 
-    def _listen(self, identity: bytes, now_s: float) -> None:
-        """Whoever talks to a node hears its STATUS for a while."""
-        if identity in self._listeners or len(self._listeners) < _MAX_LISTENERS:
-            self._listeners[identity] = now_s
+    def _relay_status(
+        self, header: Header, body: memoryview | None, link: Hop, now_s: float
+    ) -> None:
+        """Pass the STATUS of a node further on upstream, to those whose turn it is."""
+        try:
+            raw = decode_json(body)
+            node = whole(raw, "node", self.config.index + 1, self.config.n_nodes - 1)
+            every_s = seconds(raw, "every_s")
+        except WireError as error:
+            self._bad_frame(f"status from downstream: {error}", now_s)
+            return
+        if node == link.target:
+            link.every_s = every_s
+        self._tell(self._listeners.turn(node), header, body)
 
-    def _broadcast(self, header: Header, body: memoryview | None) -> None:
+    def _tell(self, peers: Sequence[bytes], header: Header, body: memoryview | None) -> None:
         parts: Parts = [pack(header)] if body is None else [pack(header), body]
-        self.up.extend((identity, parts) for identity in self._listeners)
+        self.up.extend((peer, parts) for peer in peers)
 
     def _json_up(self, header: Header, values: Mapping[str, Any]) -> None:
         body = encode_json({**values, "node": self.config.index})
         self._to_client(header, attach(header, body))
 
-    def _refuse(self, header: Header, refusal: Refusal) -> None:
+    def _refuse(self, header: Header, refusal: Refusal, now_s: float) -> None:
         self.refused += refusal.code == "refused"
-        self._error(header, refusal.code, str(refusal), refusal.to)
+        wait_s = self._crowd.refuse(header.client, now_s) if refusal.full else 0.0
+        self._error(header, refusal.code, str(refusal), refusal.to, wait_s)
 
-    def _error(self, header: Header, code: str, reason: str, to: int | None = None) -> None:
+    def _error(
+        self, header: Header, code: str, reason: str, to: int | None = None, wait_s: float = 0.0
+    ) -> None:
         name = self.config.hello.get("name", self.config.index)
         values = {
             "code": code,
             "reason": f"node {name}: {reason}"[:1000],
             "to": self.config.index if to is None else to,
+            "wait_s": round(wait_s, 3),
         }
         self._json_up(header.reply(Kind.ERROR), values)
 

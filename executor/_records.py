@@ -126,6 +126,7 @@ class NodeStatus:
         bad_frames: Frames that could not be accepted, so far.
         unauthenticated: Connections that were not admitted, so far.
         duplicates: Requests that came again while they were under way, so far.
+        every_s: How often it says that its STATUS comes; less often where many listen.
         overruns: Paced stages that missed their deadline, so far.
         stages: Stages run, so far.
         meter: Name of the energy meter.
@@ -150,6 +151,7 @@ class NodeStatus:
     bad_frames: int = 0
     unauthenticated: int = 0
     duplicates: int = 0
+    every_s: float = 0.1
     overruns: int = 0
     stages: int = 0
     meter: str = ""

@@ -6,10 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from executor._hop import Parts
-from executor.errors import WireError
+from executor.errors import ConfigError, WireError
+from executor.plan import ModelSpec, Plan
 from executor.wire import Header, Kind, parse_header
 
-__all__ = ["Refusal", "check_size", "over_rate", "short", "split", "whole"]
+__all__ = [
+    "Refusal",
+    "check_size",
+    "over_rate",
+    "seconds",
+    "split",
+    "stage_of",
+    "whole",
+]
 
 MAX_CONTROL_BYTES = 4096
 
@@ -20,12 +29,16 @@ class Refusal(Exception):
     Attributes:
         code: Names the kind.
         to: The node that could not be reached; None where it is about this one.
+        full: Whether there was no room; the client is then told when to come again.
     """
 
-    def __init__(self, code: str, reason: str, to: int | None = None) -> None:
+    def __init__(
+        self, code: str, reason: str, to: int | None = None, *, full: bool = False
+    ) -> None:
         super().__init__(reason)
         self.code = code
         self.to = to
+        self.full = full
 
 
 def split(parts: Parts) -> tuple[Header, memoryview | None]:
@@ -44,6 +57,41 @@ def check_size(header: Header) -> None:
         )
 
 
+def stage_of(
+    header: Header, node: int, n_nodes: int, spec: ModelSpec, digest: bytes
+) -> tuple[int, int]:
+    """The units [start, stop) that a node computes of an inference; none where both are equal.
+
+    Args:
+        header: The inference's.
+        node: The node's place in the chain.
+        n_nodes: Nodes in the chain.
+        spec: Its model.
+        digest: First 8 bytes of its weights' digest.
+
+    Raises:
+        Refusal: It asks for other weights, or its plan does not fit this node.
+        WireError: Its body is not what the plan says that it carries.
+    """
+    if header.digest != digest:
+        raise Refusal(
+            "wrong_model", f"runs weights {digest.hex()}, asked for {header.digest.hex()}"
+        )
+    try:
+        plan = Plan(header.cuts)
+        plan.check(spec.n_units, n_nodes)
+    except ConfigError as error:
+        raise Refusal("bad_plan", str(error)) from None
+    if node > plan.last_node(spec.n_units):
+        raise Refusal("bad_plan", f"plan {plan} ends before this node")
+    start, stop = plan.stage(node, spec.n_units)
+    expected = spec.cut_bytes[start]
+    if header.dtype is None or header.dtype.name != "float32" or header.body_bytes != expected:
+        got = f"{header.body_bytes} bytes of {header.dtype or 'no dtype'}"
+        raise WireError(f"cut {start} carries {expected} bytes of float32, got {got}")
+    return start, stop
+
+
 def over_rate(rate_rps: float) -> Refusal:
     """The refusal for a peer that sends more messages a second than this."""
     return Refusal("refused", f"more than {rate_rps:g} messages/s from one peer; send slower")
@@ -57,6 +105,9 @@ def whole(request: Mapping[str, Any], field: str, low: int, high: int) -> int:
     return value
 
 
-def short(value: float | None) -> float | None:
-    """Six significant digits are enough, and keep the heartbeat small."""
-    return None if value is None else float(f"{value:.6g}")
+def seconds(values: Mapping[str, Any], field: str, most_s: float = 3600.0) -> float:
+    """The duration in 0..`most_s` under `field`; anything else is a WireError."""
+    value = values.get(field)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= most_s:
+        raise WireError(f"{field} must be seconds in 0..{most_s:g}, got {value!r}")
+    return float(value)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from executor._hop import Hop, Parts, localise
 from executor._pending import Pending, PendingTable
 from executor._records import NodeStatus, Reply, RequestRecord, hello_problem, node_index
-from executor._requests import split
+from executor._requests import seconds, split
 from executor._sockets import (
     connect_dealer,
     link_changes,
@@ -84,6 +84,7 @@ class Session:
         self._expected: _Json = {}
         self._recovery: Recovery | None = None
         self._hop = Hop(client_id)
+        self._endpoint = cluster.nodes[0].connect_endpoint()
         self._events: deque[Callable[[float], None]] = deque()
         self._control: deque[Parts] = deque()
         self._inputs: deque[Parts] = deque()
@@ -232,13 +233,7 @@ class Session:
             self._receive()
             ready = {**ready, self._dealer: 0, **self._ready()}
         for up in link_changes(self._monitor) if self._monitor in ready else ():
-            if up:
-                self._hop.on_connected(time.monotonic())
-            else:
-                self._hop.on_disconnected()
-                self._inputs.clear()
-            if self._recovery is not None:
-                self._carry_out(self._recovery.link(up, time.monotonic()))
+            self._on_link(up)
         self._run_events()
         return True
 
@@ -257,6 +252,11 @@ class Session:
     def _tick(self, now_s: float) -> None:
         """Do what is due by the clock."""
         self._hop.tick(now_s)
+        if self._hop.connected and self._hop.is_silent(now_s):
+            _log.warning("nothing comes from %s any more; dialling anew", self._endpoint)
+            self._dealer.disconnect(self._endpoint)
+            self._dealer.connect(self._endpoint)
+            self._on_link(False)
         if self._recovery is not None:
             self._carry_out(self._recovery.tick(now_s))
         for seq, pending in self._requests.late(now_s):
@@ -272,10 +272,22 @@ class Session:
                         send_parts(self._dealer, queue[0])
                         queue.popleft()
 
+    def _on_link(self, up: bool) -> None:
+        """The connection to the first node was made, or broke with all that was under way on it."""
+        now_s = time.monotonic()
+        if up:
+            self._hop.on_connected(now_s)
+        else:
+            self._hop.on_disconnected()
+            self._inputs.clear()
+        if self._recovery is not None:
+            self._carry_out(self._recovery.link(up, now_s))
+
     def _receive(self) -> None:
         """Take one message, which must be there."""
         parts = receive_parts(self._dealer)
         now_s = time.monotonic()
+        self._hop.on_heard(now_s)
         try:
             header, body = split(parts)
             check_body(header, body)
@@ -315,6 +327,8 @@ class Session:
     def _take_status(self, raw: _Json, now_s: float) -> None:
         status = NodeStatus.from_json(raw, received_s=now_s, down=False)
         node = status.node
+        if node == 0:
+            self._hop.every_s = status.every_s
         if not 0 <= node < self._cluster.n_nodes:
             raise WireError(f"status of node {node}, which the chain does not have")
         with self._lock:
@@ -326,7 +340,9 @@ class Session:
             )
             links = {far: up for far, up in ends if far is not None and up is not None}
             self._carry_out(
-                self._recovery.status(node, status.boot, links, status.stalled_s, now_s)
+                self._recovery.status(
+                    node, status.boot, links, status.stalled_s, now_s, status.every_s
+                )
             )
 
     def _take_hello(self, header: Header, reply: _Json, now_s: float) -> None:
@@ -362,7 +378,9 @@ class Session:
             node = _place(raw.get("node"), self._cluster.n_nodes)
             to = _place(raw.get("to"), self._cluster.n_nodes)
             code, reason = str(raw.get("code")), str(raw.get("reason"))
-            self._carry_out(self._recovery.error(seq, tries, code, reason, node, to, now_s))
+            wait_s = seconds(raw, "wait_s", 60.0)
+            instructions = self._recovery.error(seq, tries, code, reason, node, to, now_s, wait_s)
+            self._carry_out(instructions)
             return
         output = None
         if pending is not None:
@@ -409,8 +427,10 @@ class Session:
             elif isinstance(instruction, Fail):
                 ended = self._requests.settle(instruction.seq)
                 if ended is not None:
-                    failure = _FAILURES.get(instruction.code, RequestError)
-                    ended.future.set_exception(failure(instruction.reason))
+                    error = _FAILURES.get(instruction.code, RequestError)(instruction.reason)
+                    if isinstance(error, RequestRefused):
+                        error.wait_s = instruction.wait_s
+                    ended.future.set_exception(error)
             else:
                 self._control.append([pack(Header(Kind.HELLO, client=self._id))])
 

@@ -30,9 +30,6 @@ _log = logging.getLogger(__name__)
 
 # Kernel buffers hide a slow hop's backlog from its sender; they are kept small on purpose.
 _BUFFER_BYTES = 256 * 1024
-# A peer from which nothing came for this long is dialled anew: its stream may be out of step.
-_HEARTBEAT_MS = 1000
-_HEARTBEAT_TIMEOUT_MS = 3000
 # As plain numbers: combining pyzmq's flags takes longer than what they ask for.
 _NOBLOCK = int(zmq.NOBLOCK)
 _MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
@@ -44,6 +41,9 @@ _LINK_EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 # where it can be seen and bounded; up the chain there are only small replies.
 _DOWN_HWM = 2
 _UP_HWM = 1000
+# And from a peer: what the node cannot take yet waits with its sender. Each connection has as much,
+# so that many connections cost this many frames each.
+_IN_HWM = 2
 
 
 def bind_router(
@@ -59,7 +59,7 @@ def bind_router(
         _set_common(socket)
         socket.set(zmq.ROUTER_MANDATORY, 1)
         socket.set(zmq.SNDHWM, _UP_HWM)
-        socket.set(zmq.RCVHWM, cluster.max_queue)
+        socket.set(zmq.RCVHWM, _IN_HWM)
         # A larger message costs its sender the connection before it costs us the memory.
         socket.set(zmq.MAXMSGSIZE, MAX_BODY_BYTES)
         if cluster.keys_dir is not None:
@@ -84,6 +84,10 @@ def connect_dealer(
 ) -> zmq.Socket[bytes]:
     """The socket on which `own_name` talks to the node after it.
 
+    Without ZeroMQ's heartbeats: `Hop.is_silent` does their work. One that waits in a full inbox
+    when its connection ends makes libzmq 4.3.5 abort the process that reads it (libzmq issues 3937
+    and 4767).
+
     Raises:
         ConfigError: The target's address cannot be dialled, or a key is missing.
     """
@@ -96,8 +100,6 @@ def connect_dealer(
         socket.set(zmq.MAXMSGSIZE, MAX_BODY_BYTES)
         socket.set(zmq.RECONNECT_IVL, 50)
         socket.set(zmq.RECONNECT_IVL_MAX, 400)
-        socket.set(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
-        socket.set(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS)
         if cluster.keys_dir is not None:
             keys = Path(cluster.keys_dir)
             _set_own_keys(socket, keys, own_name)

@@ -56,7 +56,7 @@ class WatchedCore(NodeCore):
             "queue_wait_s": self._queue_wait_s.copy(),
             "next_heard_ago_s": _ago(self._next_heard_s, now_s),
             "next_silent": self.hop is not None and not self.hop.is_up(now_s),
-            "previous_heard_ago_s": _ago(max(self._listeners.values(), default=_NEVER_S), now_s),
+            "previous_heard_ago_s": _ago(self._listeners.last_heard_s, now_s),
         }
 
     def on_downstream(self, parts: Parts, now_s: float, link: Hop | None = None) -> None:
@@ -92,13 +92,15 @@ class WatchedCore(NodeCore):
             raise Refusal("draining", "is draining before it ends; ask later")
         super()._control(header, body, now_s)
 
-    def _refuse(self, header: Header, refusal: Refusal) -> None:
+    def _refuse(self, header: Header, refusal: Refusal, now_s: float) -> None:
         self.refused += refusal.code == "draining"
-        super()._refuse(header, refusal)
+        super()._refuse(header, refusal, now_s)
 
-    def _error(self, header: Header, code: str, reason: str, to: int | None = None) -> None:
+    def _error(
+        self, header: Header, code: str, reason: str, to: int | None = None, wait_s: float = 0.0
+    ) -> None:
         self._errors[code] += 1
-        super()._error(header, code, reason, to)
+        super()._error(header, code, reason, to, wait_s)
 
 
 def _ago(then_s: float, now_s: float) -> float | None:

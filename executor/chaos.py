@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ CALM_RUNS = 5
 GONE_RUNS = 15
 MAX_RATE_RPS = 8.0
 UTILISATION = 0.4
+CAPACITY_S, CAPACITY_FLIGHT = 20.0, 12
 # Bounds on recovery, beyond the latency of the plan that goes around the fault.
 AROUND_BOUND_S, NORMAL_BOUND_S = 1.0, 3.0
 
@@ -63,6 +65,8 @@ class Report:
         direct: Whether there was a direct link from edge to cloud.
         seconds: How long the load ran.
         rate_rps: Its mean rate.
+        capacity_rps: What the chain completed, without faults, with as many requests in flight as
+            it takes; None if it was not measured.
         calm_s: Median latency per plan on idle nodes.
         outcomes: The faults, in order.
         ends: How requests ended, by kind.
@@ -79,6 +83,7 @@ class Report:
     direct: bool
     seconds: float = 0.0
     rate_rps: float = 0.0
+    capacity_rps: float | None = None
     calm_s: dict[str, float] = field(default_factory=dict)
     outcomes: list[Outcome] = field(default_factory=list)
     ends: dict[str, int] = field(default_factory=dict)
@@ -127,6 +132,8 @@ def run(
     nodes: Sequence[TestbedNode] = NODES,
     hops: Sequence[TestbedHop] = DEFAULT_HOPS,
     gone: bool = True,
+    of_capacity: float | None = None,
+    watch: Callable[[Testbed], AbstractContextManager[object]] = nullcontext,
     console: Console | None = None,
 ) -> Report:
     """Run the suite.
@@ -140,6 +147,9 @@ def run(
         nodes: Edge, fog and cloud.
         hops: The two hops.
         gone: At the end, kill the fog for good and measure service without it.
+        of_capacity: Load as a share of what the chain can do, which is measured first; else the
+            edge alone could serve it.
+        watch: A context over the time under load.
         console: Where to tell what happens.
 
     Raises:
@@ -162,6 +172,9 @@ def run(
             report.calm_s = _calm(client, pairs, plans, spec)
             edge_s = report.calm_s[_name((spec.n_units,) * 2)]
             report.rate_rps = min(MAX_RATE_RPS, UTILISATION / edge_s)
+            if of_capacity is not None:
+                report.capacity_rps = _capacity_rps(client, pairs, plans)
+                report.rate_rps = of_capacity * report.capacity_rps
             tell(
                 f"{model}: {report.rate_rps:.2f} requests/s over plans {', '.join(map(str, plans))}"
             )
@@ -171,7 +184,8 @@ def run(
             begun_s = time.monotonic()
             load.start()
             try:
-                _inject_all(report, ground, load, faults, begun_s + 60.0 * minutes, tell)
+                with watch(testbed):
+                    _inject_all(report, ground, load, faults, begun_s + 60.0 * minutes, tell)
             finally:
                 load.finish(TIMEOUT_S + 10.0)
                 report.seconds = time.monotonic() - begun_s
@@ -223,6 +237,19 @@ def _calm(client: Client, pairs: Pairs, plans: Sequence[Plan], spec: ModelSpec) 
         records = [client.submit(pairs[0][0], plan).result().record for _ in range(CALM_RUNS + 1)]
         calm[_name(plan.cuts)] = statistics.median(r.latency_s for r in records[1:])
     return calm
+
+
+def _capacity_rps(client: Client, pairs: Pairs, plans: Sequence[Plan]) -> float:
+    """Requests a second over the load's plans with `CAPACITY_FLIGHT` always in flight."""
+    begun_s, done = time.monotonic(), 0
+    flight = [client.submit(pairs[0][0], plans[i % len(plans)]) for i in range(CAPACITY_FLIGHT)]
+    while (taken_s := time.monotonic() - begun_s) < CAPACITY_S:
+        flight.pop(0).result()
+        done += 1
+        flight.append(client.submit(pairs[0][0], plans[done % len(plans)]))
+    for future in flight:
+        future.result()
+    return done / taken_s
 
 
 def _preferred(plans: Sequence[Plan], spec: ModelSpec, calm_s: dict[str, float]) -> list[Plan]:

@@ -56,7 +56,16 @@ class RequestError(SplitpilotError):
 
 
 class RequestRefused(RequestError):
-    """A queue bound was reached; the request was not run."""
+    """A queue bound was reached; the request was not run.
+
+    Attributes:
+        wait_s: Seconds after which to try again; until then the client refuses requests of the same
+            plan itself. 0 where nobody said.
+    """
+
+    def __init__(self, message: str, wait_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.wait_s = wait_s
 
 
 class RequestTimeout(RequestError):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
@@ -31,10 +31,13 @@ from prometheus_client.registry import Collector
 from executor._counters import Histogram
 from executor._http import HttpServer, Response, Route, json_response
 
-__all__ = ["NodeCollector", "NodeMonitor", "histogram_family", "metrics_route"]
+__all__ = ["NodeCollector", "NodeMonitor", "Samples", "family", "histogram_family", "metrics_route"]
 
 PREFIX = "splitpilot_node_"
 _TEXT_FORMAT = "text/plain; version=0.0.4; charset=utf-8"
+
+# Label values, and the value; one that is None is left out.
+Samples = Iterable[tuple[Sequence[str], float | None]]
 
 _Facts = Mapping[str, Any]
 
@@ -50,6 +53,8 @@ _COUNTERS = (
     ("relayed", "Requests passed on without computing.", "relayed"),
     ("refused", "Requests refused over a bound or because the node drains.", "refused"),
     ("bad_frames", "Frames that could not be accepted.", "bad_frames"),
+    ("duplicates", "Requests that came again while they were under way.", "duplicates"),
+    ("unauthenticated", "Connections that were not admitted.", "unauthenticated"),
     ("stages", "Stages computed.", "stages"),
     ("overruns", "Paced stages that ended late (emulated nodes only).", "overruns"),
 )
@@ -63,6 +68,9 @@ _HISTOGRAMS = (
     ("stage_seconds", "Wall seconds computing a stage.", "stage_s"),
     ("queue_wait_seconds", "Seconds from a request's arrival to its compute.", "queue_wait_s"),
 )
+
+
+_Family = type[GaugeMetricFamily] | type[CounterMetricFamily]
 
 
 class Monitored(Protocol):
@@ -116,23 +124,17 @@ class NodeCollector(Collector):
         for name, text, key in _HISTOGRAMS:
             yield histogram_family(PREFIX + name, text, {"node": self._node}, facts[key])
 
-    def _gauge(
-        self, name: str, text: str, labels: list[str], samples: list[tuple[list[str], float | None]]
-    ) -> Metric:
-        family = GaugeMetricFamily(PREFIX + name, text, labels=["node", *labels])
-        for values, value in samples:
-            if value is not None:
-                family.add_metric([self._node, *values], float(value))
-        return family
+    def _gauge(self, name: str, text: str, labels: list[str], samples: Samples) -> Metric:
+        return self._family(GaugeMetricFamily, name, text, labels, samples)
 
-    def _counter(
-        self, name: str, text: str, labels: list[str], samples: list[tuple[list[str], float | None]]
+    def _counter(self, name: str, text: str, labels: list[str], samples: Samples) -> Metric:
+        return self._family(CounterMetricFamily, name, text, labels, samples)
+
+    def _family(
+        self, kind: _Family, name: str, text: str, labels: list[str], samples: Samples
     ) -> Metric:
-        family = CounterMetricFamily(PREFIX + name, text, labels=["node", *labels])
-        for values, value in samples:
-            if value is not None:
-                family.add_metric([self._node, *values], float(value))
-        return family
+        own = (([self._node, *values], value) for values, value in samples)
+        return family(kind, PREFIX + name, text, ["node", *labels], own)
 
 
 class NodeMonitor:
@@ -227,13 +229,22 @@ _HEALTH_KEYS = (
 )  # fmt: skip
 
 
+def family(kind: _Family, name: str, text: str, labels: Sequence[str], samples: Samples) -> Metric:
+    """A gauge or counter with its samples."""
+    result = kind(name, text, labels=labels)
+    for values, value in samples:
+        if value is not None:
+            result.add_metric(values, float(value))
+    return result
+
+
 def histogram_family(
     name: str, text: str, labels: Mapping[str, str], histogram: Histogram
 ) -> HistogramMetricFamily:
     """A histogram of ours as Prometheus's."""
-    family = HistogramMetricFamily(name, text, labels=list(labels))
-    family.add_metric(list(labels.values()), list(histogram.cumulative()), histogram.total_s)
-    return family
+    result = HistogramMetricFamily(name, text, labels=list(labels))
+    result.add_metric(list(labels.values()), list(histogram.cumulative()), histogram.total_s)
+    return result
 
 
 def metrics_route(*collectors: Collector) -> Route:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations_with_replacement, pairwise
+from itertools import combinations, combinations_with_replacement, pairwise
 
 from executor.errors import ConfigError
 
@@ -19,6 +19,7 @@ __all__ = [
     "Plan",
     "candidate_cuts",
     "candidate_plans",
+    "constrained_plans",
     "find_route",
     "is_constrained",
     "next_node",
@@ -152,6 +153,23 @@ def candidate_plans(spec: ModelSpec, n_nodes: int = 3) -> tuple[Plan, ...]:
         raise ConfigError(f"a chain needs at least 2 nodes, got {n_nodes}")
     cuts = combinations_with_replacement(candidate_cuts(spec), n_nodes - 1)
     return tuple(Plan(c) for c in cuts)
+
+
+def constrained_plans(spec: ModelSpec, n_nodes: int = 3) -> tuple[Plan, ...]:
+    """All plans that obey the reference's rule (`is_constrained`), in lexicographic order.
+
+    Not only those over the candidate cuts: where the first node must run something, the input is
+    no alternative to a cut that carries more, and an early cut may still be the best.
+
+    Raises:
+        ConfigError: Fewer than 2 nodes, or more than there are units for.
+    """
+    if not 2 <= n_nodes <= spec.head_start + 1:
+        raise ConfigError(
+            f"{spec.name} has {spec.head_start} units before its head; constrained plans need 2 to "
+            f"{spec.head_start + 1} nodes, got {n_nodes}"
+        )
+    return tuple(Plan(c) for c in combinations(range(1, spec.head_start + 1), n_nodes - 1))
 
 
 def next_node(plan: Plan, node: int, n_units: int, direct: Mapping[int, int] | None) -> int:

@@ -6,6 +6,8 @@ came, time passed) and carries out the instructions it gets back. The machine's 
 - A submitted request ends exactly once, in `Complete` or `Fail`, at its deadline at the latest.
 - Nothing is sent over a link, or to a node, that is known not to answer, nor to a process whose
   handshake was not checked (a node that comes back with another boot id is asked who it is first).
+- A plan that was refused for want of room is not sent again before the node wants it; what is
+  submitted meanwhile is refused at once.
 - A request is sent at most `MAX_TRIES` times; it keeps its id, so that nodes drop what is double.
 
 A request is sent again when a node reports it lost, when its way breaks, or when a hop on its way
@@ -22,12 +24,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from executor._listeners import silent_after_s
 from executor.plan import Plan, find_route
 
 __all__ = ["MAX_TRIES", "Complete", "Counts", "Fail", "Greet", "Instruction", "Recovery", "Send"]
 
 MAX_TRIES = 12
-# Seven heartbeats: on two busy cores a healthy node has been seen 0.3 s late.
+# Seven heartbeats (or three and a half, where a node has many to tell): on two busy cores a healthy
+# node has been seen 0.3 s late.
 SILENT_AFTER_S = 0.7
 _GREET_PERIOD_S = 0.2
 # After so many losses at one node a request looks for a way around it, whatever its heartbeats say.
@@ -68,11 +72,13 @@ class Fail:
         seq: The request.
         code: "timeout", "refused" or "failed".
         reason: What to tell the caller.
+        wait_s: Where it was refused: seconds after which to ask for this plan again.
     """
 
     seq: int
     code: str
     reason: str
+    wait_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -132,6 +138,7 @@ class _Node:
     accepted: str = ""
     refused: str = ""
     stalled_s: float = 0.0
+    every_s: float = 0.0
 
 
 class Recovery:
@@ -159,6 +166,7 @@ class Recovery:
         self._direct = dict(direct or {})
         self._nodes = [_Node() for _ in names]
         self._open: dict[int, _Open] = {}
+        self._full: dict[Plan, tuple[float, str]] = {}
         self._broken: set[tuple[int, int]] = set()
         self._first_link = True
         self._down: frozenset[int] = frozenset(range(len(names)))
@@ -177,6 +185,10 @@ class Recovery:
     def submitted(self, seq: int, plan: Plan, deadline_s: float, now_s: float) -> list[Instruction]:
         """A request was submitted; `seq` is new."""
         self.counts.submitted += 1
+        until_s, reason = self._full.get(plan, (now_s, ""))
+        if now_s < until_s:
+            self.counts.failed += 1
+            return [Fail(seq, "refused", reason, until_s - now_s)]
         request = _Open(plan, deadline_s, patience_s=0.5 * max(0.0, deadline_s - now_s))
         self._open[seq] = request
         return list(self._dispatch(seq, request, now_s))
@@ -192,7 +204,15 @@ class Recovery:
         return [Complete(seq, request.tries)]
 
     def error(
-        self, seq: int, tries: int, code: str, reason: str, node: int, to: int, now_s: float
+        self,
+        seq: int,
+        tries: int,
+        code: str,
+        reason: str,
+        node: int,
+        to: int,
+        now_s: float,
+        wait_s: float = 0.0,
     ) -> list[Instruction]:
         """A node reported that a try failed.
 
@@ -204,6 +224,7 @@ class Recovery:
             node: The node that says so.
             to: The node it could not reach, or itself.
             now_s: Now.
+            wait_s: Where there was no room: seconds for which to send it nothing of this plan.
         """
         if code == "hop_down":
             self._broken.add((node, to))
@@ -216,7 +237,10 @@ class Recovery:
             ended = code == "draining" and node == 0
             if ended or code not in _RETRYABLE:
                 self._end(seq)
-                return [Fail(seq, "refused" if ended or code == "refused" else "failed", reason)]
+                refused = ended or code == "refused"
+                if refused and wait_s > 0:
+                    self._hold(request.asked, now_s + wait_s, reason, now_s)
+                return [Fail(seq, "refused" if refused else "failed", reason, wait_s)]
             request.plan = None
             request.losses[to] = request.losses.get(to, 0) + 1
             if to > 0 and request.losses[to] >= _LOSSES:
@@ -224,7 +248,13 @@ class Recovery:
         return self._update(now_s)
 
     def status(
-        self, node: int, boot: str, links: Mapping[int, bool], stalled_s: float, now_s: float
+        self,
+        node: int,
+        boot: str,
+        links: Mapping[int, bool],
+        stalled_s: float,
+        now_s: float,
+        every_s: float = 0.0,
     ) -> list[Instruction]:
         """A node's heartbeat came.
 
@@ -234,9 +264,11 @@ class Recovery:
             links: For each node it dials, whether it is connected to it and hears it.
             stalled_s: For how long its hop has moved nothing while something waits on it.
             now_s: Now.
+            every_s: How often it says that its heartbeats come.
         """
         state = self._nodes[node]
         state.heard_s, state.silent, state.stalled_s = now_s, False, stalled_s
+        state.every_s = every_s
         if boot != state.boot:
             state.boot = boot
             self._broken = {link for link in self._broken if link[0] != node}
@@ -282,8 +314,11 @@ class Recovery:
         Call it when all that has come was taken in: silence is judged here alone, so that a pause
         of the client's own process does not make every node look silent.
         """
+        # What a node says comes through those before it, as often as they pass it on.
+        every_s = 0.0
         for node in self._nodes:
-            node.silent = now_s - node.heard_s > SILENT_AFTER_S
+            every_s = max(every_s, node.every_s)
+            node.silent = now_s - node.heard_s > silent_after_s(SILENT_AFTER_S, every_s)
         self._down = self._judge()
         late = [seq for seq, request in self._open.items() if now_s >= request.deadline_s]
         out: list[Instruction] = []
@@ -388,6 +423,11 @@ class Recovery:
         for request in self._open.values():
             if request.plan is not None:
                 request.plan, request.route, request.reason = None, (), reason
+
+    def _hold(self, plan: Plan, until_s: float, reason: str, now_s: float) -> None:
+        """Send nothing of a plan until then: where it was refused there is no room."""
+        self._full = {p: full for p, full in self._full.items() if full[0] > now_s}
+        self._full[plan] = (until_s, reason)
 
     def _end(self, seq: int) -> _Open:
         self.counts.failed += 1

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from agents import evaluate
+from agents import cells, evaluate
 from agents.compare import (
     ArmRun,
     best_static_cuts,
@@ -258,7 +258,7 @@ def test_command_runs_a_live_system_seed_by_seed(profile_file, tmp_path, monkeyp
         system = Simulator(CostModel(profile, scenario), 1, 0, record_requests=True)
         return contextlib.nullcontext(system)
 
-    monkeypatch.setattr(evaluate, "make_testbed_system", open_system)
+    monkeypatch.setattr(cells, "make_testbed_system", open_system)
     out = tmp_path / "out.json"
     argv = command(profile_file, tmp_path, "--backend", "testbed", "--repeats", "2")
     assert evaluate.main([*argv, "--arms", "solver,best-static", "--json", str(out)]) == 0

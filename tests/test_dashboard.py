@@ -8,7 +8,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,7 @@ from env.predict import CostModel
 from env.scenario import Scenario
 from env.simulator import Simulator
 from env.synthetic import synthetic_profile
-from executor._http import HttpServer
+from executor._http import HttpServer, Response
 from executor._records import NodeStatus
 from executor.model import model_spec
 
@@ -165,11 +165,11 @@ def test_the_server_answers_bad_requests_with_words(server: HttpServer) -> None:
 
 
 def test_a_page_that_fails_is_500_and_the_server_goes_on() -> None:
-    def broken(query: object) -> object:
+    def broken(query: Mapping[str, str]) -> Response:
         raise RuntimeError("on purpose")
 
     routes = {"/broken": broken, "/well": dashboard_routes(Telemetry())["/"]}
-    with HttpServer("test", "127.0.0.1", 0, routes) as server:  # type: ignore[arg-type]
+    with HttpServer("test", "127.0.0.1", 0, routes) as server:
         assert get(server.url + "/broken") == (500, b"failed; see the log\n")
         assert get(server.url + "/well")[0] == 200
 
@@ -196,13 +196,13 @@ def test_the_page_renders_the_plan_and_updates(feed: Feed, tmp_path: Path) -> No
     routes = dashboard_routes(feed.telemetry)
     polls = []
 
-    def data(query: dict[str, str]) -> object:
+    def data(query: Mapping[str, str]) -> Response:
         """Every poll finds one interval more; from the third on the solver decides."""
         polls.append(query)
         feed.step(reason="bandwidth stale" if len(polls) >= 3 else "")
         return routes["/data.json"](query)
 
-    with HttpServer("test", "127.0.0.1", 0, {**routes, "/data.json": data}) as server:  # type: ignore[dict-item]
+    with HttpServer("test", "127.0.0.1", 0, {**routes, "/data.json": data}) as server:
         done = subprocess.run(
             [str(CHROMIUM), *CHROMIUM_FLAGS, f"--user-data-dir={tmp_path / 'profile'}",
              "--virtual-time-budget=6000", "--dump-dom", server.url + "/"],

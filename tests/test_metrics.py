@@ -150,6 +150,8 @@ def test_a_node_counts_what_it_did(nodes: list[Scrape]) -> None:
     assert edge.value("node_stage_seconds_count", node="edge") == 4
     assert edge.value("node_queue_wait_seconds_bucket", node="edge", le="+Inf") == 4
     assert edge.value("node_errors_total", node="edge", code="wrong_model") == 1
+    assert edge.value("node_unauthenticated_total", node="edge") == 0
+    assert edge.value("node_duplicates_total", node="edge") == 0
     assert edge.value("node_open_requests", node="edge") == 0
     assert edge.value("node_draining", node="edge") == 0
     assert edge.value("node_hop_backlog_bytes", node="edge", to="cloud") == 0

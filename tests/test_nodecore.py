@@ -329,6 +329,7 @@ def test_a_failed_stage_is_answered():
         "reason": "node n2: ValueError: no",
         "node": 2,
         "to": 2,
+        "wait_s": 0.0,
     }
 
 
@@ -360,7 +361,7 @@ def test_status_goes_to_whoever_talks_and_stops_when_they_leave():
     assert values["node"] == 1 and values["meter"] == "constant-12W"
     node.up.clear()
     status = Header(Kind.STATUS)
-    body = attach(status, encode_json({"node": 2}))
+    body = attach(status, encode_json({"node": 2, "every_s": 0.1}))
     node.on_downstream([pack(status), body], 0.15)
     assert kinds(node) == [Kind.STATUS]
     node.tick(40.0)

@@ -20,10 +20,16 @@ TIERS = ("edge", "fog", "cloud")
 yaml = pytest.importorskip("yaml", reason="needs PyYAML (pip install -e '.[dev]')")
 
 
-def unit(path: Path) -> configparser.ConfigParser:
+class Unit(configparser.ConfigParser):
+    """A systemd unit: its keys are case-sensitive."""
+
+    def optionxform(self, optionstr: str) -> str:
+        return optionstr
+
+
+def unit(path: Path) -> Unit:
     # Keys may come twice (Environment=); the last one is enough here.
-    parsed = configparser.ConfigParser(strict=False, interpolation=None)
-    parsed.optionxform = str  # type: ignore[assignment,method-assign]
+    parsed = Unit(strict=False, interpolation=None)
     parsed.read_string(path.read_text())
     return parsed
 

@@ -88,11 +88,12 @@ class Chain(RuleBasedStateMachine):
         code=st.sampled_from(["hop_down", "lost", "damaged", "wrong_model", "failed", "refused"]),
         node=st.integers(0, 2),
         to=st.integers(0, 2),
+        wait_s=st.sampled_from([0.0, 0.0, 1.0]),
     )
-    def error(self, data, code, node, to):
+    def error(self, data, code, node, to, wait_s):
         seq = data.draw(st.integers(1, self.seq))
         tries = data.draw(st.integers(0, self.tries.get(seq, 0) + 1))
-        self.obey(self.machine.error(seq, tries, code, "why", node, to, self.now_s))
+        self.obey(self.machine.error(seq, tries, code, "why", node, to, self.now_s, wait_s))
 
     @rule(
         node=st.integers(0, 2),
@@ -100,12 +101,14 @@ class Chain(RuleBasedStateMachine):
         up=st.booleans(),
         direct_up=st.booleans(),
         stalled_s=st.sampled_from([0.0, 0.0, 3.0]),
+        every_s=st.sampled_from([0.1, 0.1, 0.4]),
     )
-    def heartbeat(self, node, boot, up, direct_up, stalled_s):
+    def heartbeat(self, node, boot, up, direct_up, stalled_s, every_s):
         links = {node + 1: up} if node < 2 else {}
         if node == 0:
             links[2] = direct_up
-        self.obey(self.machine.status(node, f"{boot}{node}", links, stalled_s, self.now_s))
+        boot = f"{boot}{node}"
+        self.obey(self.machine.status(node, boot, links, stalled_s, self.now_s, every_s))
 
     @rule(
         node=st.integers(0, 2),

@@ -1,0 +1,127 @@
+"""The reference's tables beside ours: its figures, its closed loop, its rule."""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from agents import paper_tables
+from agents.paper_tables import reductions, study
+from env.predict import CostModel
+from env.reference import closed_loop, measured, reference_profile
+from env.scenario import Scenario
+from env.simulator import Simulator
+from executor.errors import ConfigError
+from executor.model import model_spec
+from executor.plan import Plan, constrained_plans, is_constrained
+
+
+@pytest.fixture(scope="module")
+def alexnet() -> dict:
+    return study("alexnet", "as stated", 20)
+
+
+def test_its_own_figures_give_its_own_reductions() -> None:
+    said = {"vgg16": (0.0634, 0.3582), "alexnet": (0.2292, 0.3570), "mobilenet_v2": (0.142, 0.2709)}
+    for name, (latency, energy) in said.items():
+        m = measured()[name]
+        assert 1 - m.adaptive_ms / m.static_ms == pytest.approx(latency, abs=6e-5)
+        # Its joules have three decimals.
+        assert 1 - m.adaptive_j / m.static_j == pytest.approx(energy, abs=2e-3)
+
+
+def test_one_device_by_itself_is_its_table_1(alexnet: dict) -> None:
+    for name in measured():
+        profile = reference_profile(model_spec(name), Scenario.load("paper"))
+        whole_ms = 1e3 * profile.work_prefix_s()[:, -1]
+        np.testing.assert_allclose(whole_ms, measured()[name].single_ms)
+    assert alexnet["single"]["j"][:2] == pytest.approx([1.589, 0.315], abs=1e-3)
+    assert alexnet["free"]["edge"]["latency_ms"] == pytest.approx(132.4)
+    assert alexnet["free"]["edge"]["compute_j"] == pytest.approx(1.5888)
+
+
+def test_a_split_takes_the_sum_of_its_parts(alexnet: dict) -> None:
+    profile = reference_profile(model_spec("alexnet"), Scenario.load("paper"))
+    prefix, size = profile.work_prefix_s(), profile.spec.cut_bytes
+    edge, fog = prefix[0, 10], prefix[1, 14] - prefix[1, 10]
+    cloud = prefix[2, 21] - prefix[2, 14]
+    hops = (size[10] + size[14] + 2 * size[21]) / 40e6  # and the output comes back
+    static = alexnet["constrained"]["static"]
+    assert static["plan"] == "(10, 14)"
+    assert static["latency_ms"] == pytest.approx(1e3 * (edge + fog + cloud + hops))
+    assert static["compute_j"] == pytest.approx(12 * edge + 15 * fog + 31.8 * cloud)
+    assert static["full_j"] > static["compute_j"]  # idling and transmitting
+
+
+def test_no_arm_beats_the_clairvoyants_and_all_keep_the_rule(alexnet: dict) -> None:
+    spec = model_spec("alexnet")
+    for rule in ("constrained", "free"):
+        arms = alexnet[rule]
+        for name, figures in arms.items():
+            assert figures["latency_ms"] >= arms["best latency"]["latency_ms"] - 1e-6, name
+            assert figures["compute_j"] >= arms["best energy"]["compute_j"] - 1e-9, name
+            plan = Plan(tuple(map(int, figures["plan"].strip("()").split(","))))
+            assert rule == "free" or is_constrained(plan, spec), name
+    # Nothing changes, so the solver finds the clairvoyant's plan.
+    assert alexnet["constrained"]["solver"]["plan"] == alexnet["constrained"]["best cost"]["plan"]
+    less = reductions(alexnet["constrained"], "solver")
+    assert less["latency_ms"] > 0.2292 and less["compute_j"] > 0.3570
+    net = reductions(alexnet["constrained"], "solver", overall=True)
+    assert net["latency_ms"] < less["latency_ms"] and net["compute_j"] < less["compute_j"]
+    assert reductions(alexnet["constrained"], "static", overall=True)["latency_ms"] == 0.0
+
+
+def test_static_matched_takes_as_long_as_its_static_split(monkeypatch) -> None:
+    monkeypatch.setattr(paper_tables, "STARTUP", 5)
+    arms = study("mobilenet_v2", "static matched", 5)["constrained"]
+    assert arms["static"]["latency_ms"] == pytest.approx(measured()["mobilenet_v2"].static_ms)
+
+
+def test_constrained_plans_are_all_that_obey_the_rule() -> None:
+    for name in measured():
+        spec = model_spec(name)
+        plans = constrained_plans(spec)
+        assert len(plans) == len(list(combinations(range(spec.head_start), 2)))
+        assert all(is_constrained(p, spec) for p in plans) and list(plans) == sorted(
+            plans, key=lambda p: p.cuts
+        )
+    scenario = Scenario.load("paper").replace(constrained=True)
+    model = CostModel(reference_profile(model_spec("vgg16"), scenario), scenario)
+    assert Plan((5, 10)) in model.plans and Plan((0, 10)) not in model.plans
+    with pytest.raises(ConfigError, match="constrained plans need 2 to 15 nodes, got 16"):
+        constrained_plans(model_spec("alexnet"), 16)
+
+
+def test_closed_loop_brings_one_request_per_interval_and_environment() -> None:
+    scenario = Scenario.load("paper")
+    model = CostModel(reference_profile(model_spec("alexnet"), scenario), scenario)
+    tape = closed_loop(scenario, np.array([[320.0, 320.0], [80.0, 320.0]]), batch=3)
+    simulator = Simulator(model, 3, 0, record_requests=True, conditions=tape.play())
+    took = []
+    for _ in range(2):
+        done = simulator.step(np.tile([3, 6], (3, 1))).completed
+        assert done is not None and done.env.tolist() == [0, 1, 2]
+        took.append(done.completion_s - done.arrival_s)
+    # Cut 3's bytes over a hop of a quarter of the bandwidth, and the output back over it.
+    extra = (186_624 + 4_000) / 40e6 * 3
+    np.testing.assert_allclose(took[1] - took[0], extra)
+
+
+def test_command(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(paper_tables, "STARTUP", 5)
+    out = tmp_path / "out.json"
+    argv = ["--models", "alexnet", "--requests", "3", "--json", str(out)]
+    assert paper_tables.main([*argv, "--report", str(tmp_path / "page")]) == 0
+    shown = capsys.readouterr().out
+    for text in ("Table 1", "reported adaptive", "22.9%", "35.7%", "best cost", "static matched"):
+        assert text in shown
+    result = json.loads(out.read_text())
+    assert set(result["ours"]) == {"as stated", "static matched"}
+    page = (tmp_path / "page" / "index.html").read_text()
+    assert "22.9% / 35.7%" in page and str(tmp_path) not in page
+    assert paper_tables.main(["--models", "lenet"]) == 2
+    error = capsys.readouterr().err
+    assert "vgg16, alexnet, mobilenet_v2; got --models 'lenet'" in error and error.count("\n") == 1
