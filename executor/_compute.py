@@ -1,4 +1,4 @@
-"""A node's compute: a fair, bounded queue, one thread that serves it, and what is left to do."""
+"""A node's compute: a fair, bounded queue, what runs its jobs, and what is left to do."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from executor.pacing import Pacer
 from executor.profiler import profile_units
 from executor.wire import Header, array_of
 
-__all__ = ["ComputeThread", "FairQueue", "Job", "Outcome", "WorkEstimate"]
+__all__ = ["Computer", "FairQueue", "Job", "Outcome", "WorkEstimate"]
 
 _log = logging.getLogger(__name__)
 _SMOOTHING = 0.3
+_SHORT_S = 0.0005
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ class FairQueue:
     def __init__(self, bound: int) -> None:
         """Set the bound on queued jobs, all clients together."""
         self._bound = bound
-        self._ready = threading.Condition()
+        self._lock = threading.Lock()
         self._jobs: FairBuffer[Job] = FairBuffer()
         self._closed = False
 
@@ -82,7 +83,7 @@ class FairQueue:
         None if there was room. At the bound that is the newest job of the client which has had
         the most, or else `job` itself (`FairBuffer.displace`).
         """
-        with self._ready:
+        with self._lock:
             if self._closed:
                 return job
             displaced = None
@@ -91,31 +92,27 @@ class FairQueue:
                 if displaced is None:
                     return job
             self._jobs.put(job.header.client, job)
-            self._ready.notify()
             return displaced
 
     def get(self) -> Job | None:
-        """The next job, waiting for one; None once the queue is closed."""
-        with self._ready:
-            while not self._jobs and not self._closed:
-                self._ready.wait()
-            return None if self._closed else self._jobs.take()
+        """The next job; None if there is none, or once the queue is closed."""
+        with self._lock:
+            return self._jobs.take() if self._jobs and not self._closed else None
 
     def discard(self, client: bytes, seq: int) -> None:
         """Take a request's job out, if it still queues."""
-        with self._ready:
+        with self._lock:
             self._jobs.discard(client, lambda job: job.header.seq == seq)
 
     def close(self) -> None:
         """Forget what is queued and let `get` return None."""
-        with self._ready:
+        with self._lock:
             self._closed = True
             self._jobs.clear()
-            self._ready.notify_all()
 
     def snapshot(self) -> list[Job]:
         """The queued jobs, in no particular order."""
-        with self._ready:
+        with self._lock:
             return self._jobs.items()
 
 
@@ -148,51 +145,52 @@ class WorkEstimate:
         return self._stage_s.get((start, stop), self._mean_unit_s * (stop - start))
 
 
-class ComputeThread(threading.Thread):
-    """Serves the queue, one job at a time, at the pacer's speed."""
+class Computer:
+    """Runs jobs, one at a time, at the pacer's speed.
+
+    Attributes:
+        estimate: What stages are expected to take.
+    """
 
     def __init__(
-        self,
-        chain: UnitChain,
-        pacer: Pacer,
-        queue: FairQueue,
-        device: torch.device,
-        on_done: Callable[[Outcome], None],
+        self, chain: UnitChain, pacer: Pacer, queue: FairQueue, device: torch.device
     ) -> None:
-        """Prepare; `start` begins serving.
+        """Prepare.
 
         Args:
             chain: The model.
             pacer: Runs each stage.
-            queue: Where jobs come from; closing it ends the thread.
+            queue: What waits, for `backlog_s`.
             device: Where the chain's weights are.
-            on_done: Called on this thread with each outcome.
         """
-        super().__init__(name="compute", daemon=True)
         self.estimate = WorkEstimate(chain.spec.n_units)
         self._chain = chain
         self._pacer = pacer
         self._queue = queue
         self._device = device
-        self._on_done = on_done
         self._current: tuple[Job, float] | None = None
 
-    def run(self) -> None:
-        """Serve until the queue is closed."""
-        while (job := self._queue.get()) is not None:
-            started_s = time.monotonic()
-            self._current = (job, started_s)
-            try:
-                outcome = self._profile(job) if job.profile_repeats else self._stage(job)
-            except SplitpilotError as error:
-                outcome = Outcome(job, started_s, time.monotonic(), error=str(error))
-            except Exception as error:
-                # Whatever a request's bytes make torch raise fails that request, not the node.
-                _log.warning("units [%d, %d) failed: %s", job.start, job.stop, error)
-                reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-                outcome = Outcome(job, started_s, time.monotonic(), error=reason)
+    def run(self, job: Job) -> Outcome:
+        """Run a job; whatever goes wrong becomes its outcome's error."""
+        started_s = time.monotonic()
+        self._current = (job, started_s)
+        try:
+            return self._profile(job) if job.profile_repeats else self._stage(job)
+        except SplitpilotError as error:
+            return Outcome(job, started_s, time.monotonic(), error=str(error))
+        except Exception as error:
+            # Whatever a request's bytes make torch raise fails that request, not the node.
+            _log.warning("units [%d, %d) failed: %s", job.start, job.stop, error)
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            return Outcome(job, started_s, time.monotonic(), error=reason)
+        finally:
             self._current = None
-            self._on_done(outcome)
+
+    def is_short(self, job: Job) -> bool:
+        """Whether it is known to take less time than waking a thread is worth."""
+        if job.profile_repeats:
+            return False
+        return 0.0 < self.estimate.stage_s(job.start, job.stop) < _SHORT_S
 
     def backlog_s(self, now_s: float) -> float:
         """Unloaded seconds of work queued, with what remains of the current job.

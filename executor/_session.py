@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import select
 import socket
 import threading
 import time
@@ -20,11 +21,16 @@ import zmq
 from numpy.typing import NDArray
 
 from executor._hop import Hop, Parts, localise
-from executor._outbox import Outbox
 from executor._pending import Pending, PendingTable
 from executor._records import NodeStatus, Reply, RequestRecord, hello_problem, node_index
-from executor._requests import seconds
-from executor._sockets import connect_dealer, link_changes, watch_link
+from executor._requests import seconds, split
+from executor._sockets import (
+    connect_dealer,
+    link_changes,
+    receive_parts,
+    send_parts,
+    watch_link,
+)
 from executor.cluster import Cluster
 from executor.errors import RequestError, RequestRefused, RequestTimeout, WireError
 from executor.plan import Plan
@@ -36,7 +42,6 @@ from executor.wire import (
     check_body,
     decode_json,
     pack,
-    parse_header,
 )
 
 if TYPE_CHECKING:
@@ -46,7 +51,10 @@ __all__ = ["Session"]
 
 _log = logging.getLogger(__name__)
 
-_TICK_MS = 50
+_TICK_S = 0.05
+# As plain numbers: combining pyzmq's flags takes longer than asking.
+_IN = int(zmq.POLLIN)
+_IN_OUT = int(zmq.POLLIN | zmq.POLLOUT)
 _FAILURES: dict[str, type[RequestError]] = {
     "timeout": RequestTimeout,
     "refused": RequestRefused,
@@ -81,6 +89,7 @@ class Session:
         self._control: deque[Parts] = deque()
         self._inputs: deque[Parts] = deque()
         self._lock = threading.Lock()
+        self._lock_sockets = threading.Lock()  # whoever holds it may use sockets and recovery
         self._status: dict[int, NodeStatus] = {}
         self._closed = False
         self._ctx: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -89,7 +98,11 @@ class Session:
         except BaseException:
             self._ctx.term()
             raise
+        self._poller = zmq.Poller()
         self._monitor = watch_link(self._dealer)
+        for source in (self._dealer, self._monitor):
+            self._poller.register(source, _IN)
+        self._blocked = False
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
@@ -117,13 +130,31 @@ class Session:
         self._post_event(event)
 
     def submit(self, seq: int, plan: Plan, deadline_s: float, late: bool = False) -> None:
-        """Run a registered inference, with its header's cut tables if `late`."""
+        """Run a registered inference, with its header's cut tables if `late`.
+
+        This thread sends it, unless the session's is at work.
+        """
 
         def event(now_s: float) -> None:
             assert self._recovery is not None
             self._carry_out(self._recovery.submitted(seq, plan, deadline_s, now_s, late))
 
-        self._post_event(event)
+        self._events.append(event)
+        # Never waited for: a future's callback may submit, on the thread that holds it.
+        if not self._lock_sockets.acquire(blocking=False):
+            self._wake()
+            return
+        try:
+            if self._closed:
+                return
+            self._run_events()
+            self._send_everything()
+            # What came in while sending is not signalled any more.
+            more = bool(self._ready())
+        finally:
+            self._lock_sockets.release()
+        if more or self._events:
+            self._wake()
 
     def prefer(self, plans: Sequence[Plan]) -> None:
         """Set the plans to fall back on."""
@@ -164,35 +195,65 @@ class Session:
 
     def _serve(self) -> None:
         """Move frames until the session is closed (background thread)."""
-        poller = zmq.Poller()
-        for source in (self._wake_read, self._monitor):
-            poller.register(source, zmq.POLLIN)
+        # ZeroMQ's descriptors, not its sockets, so that others may use those meanwhile. They signal
+        # only the edge: whoever lets go of the sockets leaves nothing to take in.
+        poller = select.poll()
+        for fd in (self._wake_read.fileno(), self._dealer.FD, self._monitor.FD):
+            poller.register(fd, select.POLLIN)
+        tick_s = 0.0
         try:
             while not self._closed:
-                waiting = self._hop.outbox or self._control or self._inputs
-                poller.register(self._dealer, zmq.POLLIN | (zmq.POLLOUT if waiting else 0))
-                poller.poll(_TICK_MS)
-                with contextlib.suppress(BlockingIOError):
-                    while self._wake_read.recv(4096):
-                        pass
-                self._turn()
+                wait_s = max(0.0, tick_s - time.monotonic())
+                events = poller.poll(int(1000 * wait_s) + 1)
+                if (self._wake_read.fileno(), select.POLLIN) in events:
+                    self._wake_read.recv(4096)
+                with self._lock_sockets:
+                    if time.monotonic() >= tick_s:
+                        # What came is taken in before time is: after a pause of this process, too.
+                        self._turn()
+                        self._tick(time.monotonic())
+                        tick_s = time.monotonic() + _TICK_S
+                    self._send_everything()
+                    while self._turn():
+                        self._send_everything()
         finally:
-            self._dealer.disable_monitor()
-            self._monitor.close(0)
-            self._dealer.close(0)
-            self._wake_read.close()
-            self._ctx.term()
+            with self._lock_sockets:
+                self._closed = True
+                self._dealer.disable_monitor()
+                self._monitor.close(0)
+                self._dealer.close(0)
+                self._wake_read.close()
+                self._ctx.term()
             for pending in self._requests.close():
                 pending.future.set_exception(RequestError("the client was closed"))
 
-    def _turn(self) -> None:
-        # What came is taken in before time is: after a pause of this process, too.
-        self._receive_all()
-        for up in link_changes(self._monitor):
+    def _turn(self) -> bool:
+        """Take in what came, then news of the connection, then what others want; whether any."""
+        ready = self._ready()
+        if not ready and not self._events:
+            return False
+        while ready.get(self._dealer, 0) & _IN:
+            self._receive()
+            ready = {**ready, self._dealer: 0, **self._ready()}
+        for up in link_changes(self._monitor) if self._monitor in ready else ():
             self._on_link(up)
+        self._run_events()
+        return True
+
+    def _ready(self) -> dict[Any, int]:
+        """Sockets that have something, or can take something that waits."""
+        waiting = bool(self._hop.outbox or self._control or self._inputs)
+        if waiting != self._blocked:
+            self._blocked = waiting
+            self._poller.register(self._dealer, _IN_OUT if waiting else _IN)
+        return dict(self._poller.poll(0))
+
+    def _run_events(self) -> None:
         while self._events:
             self._events.popleft()(time.monotonic())
-        now_s = time.monotonic()
+
+    def _tick(self, now_s: float) -> None:
+        """Do what is due by the clock."""
         self._hop.tick(now_s)
         if self._hop.connected and self._hop.is_silent(now_s):
             _log.warning("nothing comes from %s any more; dialling anew", self._endpoint)
@@ -205,8 +266,14 @@ class Session:
             pending.future.set_exception(
                 RequestTimeout(f"request {seq}: no answer before its deadline")
             )
+
+    def _send_everything(self) -> None:
         for queue in (self._hop.outbox, self._control, self._inputs):
-            self._send_all(queue)
+            if queue:
+                with contextlib.suppress(zmq.Again):
+                    while queue:
+                        send_parts(self._dealer, queue[0])
+                        queue.popleft()
 
     def _on_link(self, up: bool) -> None:
         """The connection to the first node was made, or broke with all that was under way on it."""
@@ -219,35 +286,23 @@ class Session:
         if self._recovery is not None:
             self._carry_out(self._recovery.link(up, now_s))
 
-    def _send_all(self, queue: deque[Parts] | Outbox) -> None:
-        with contextlib.suppress(zmq.Again):
-            while queue:
-                self._dealer.send_multipart(queue[0], zmq.NOBLOCK, copy=False)
-                queue.popleft()
-
-    def _receive_all(self) -> None:
-        while True:
-            try:
-                frames = self._dealer.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                return
-            now_s = time.monotonic()
-            self._hop.on_heard(now_s)
-            try:
-                if len(frames) not in (1, 2):
-                    raise WireError(f"a message has 1 or 2 parts, got {len(frames)}")
-                header = parse_header(frames[0].buffer)
-                body = frames[1].buffer if len(frames) == 2 else None
-                check_body(header, body)
-            except WireError as error:
-                self._log_bad(error)
-                if self._recovery is not None:
-                    self._carry_out(self._recovery.damaged(now_s))
-                continue
-            try:
-                self._take(header, body, now_s)
-            except WireError as error:
-                self._log_bad(error)
+    def _receive(self) -> None:
+        """Take one message, which must be there."""
+        parts = receive_parts(self._dealer)
+        now_s = time.monotonic()
+        self._hop.on_heard(now_s)
+        try:
+            header, body = split(parts)
+            check_body(header, body)
+        except WireError as error:
+            self._log_bad(error)
+            if self._recovery is not None:
+                self._carry_out(self._recovery.damaged(now_s))
+            return
+        try:
+            self._take(header, body, now_s)
+        except WireError as error:
+            self._log_bad(error)
 
     def _log_bad(self, error: WireError) -> None:
         _log.warning("bad frame from node %s: %s", self._cluster.nodes[0].name, error)
@@ -368,14 +423,11 @@ class Session:
             if isinstance(instruction, Send):
                 pending = self._requests.get(instruction.seq)
                 if pending is not None and pending.header is not None:
-                    header = replace(
-                        pending.header,
-                        seq=instruction.seq,
-                        cuts=instruction.plan.cuts,
-                        tries=instruction.tries,
-                        direct=instruction.direct,
-                        late=pending.header.late if instruction.late else (),
-                    )
+                    header = pending.header  # nobody keeps it: what is sent are its bytes
+                    header.seq, header.cuts = instruction.seq, instruction.plan.cuts
+                    header.tries, header.direct = instruction.tries, instruction.direct
+                    if not instruction.late:
+                        header.late = ()
                     self._inputs.append([pack(header), pending.body or b""])
             elif isinstance(instruction, Fail):
                 ended = self._requests.settle(instruction.seq)

@@ -9,6 +9,7 @@ from pathlib import Path
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
+from executor._outbox import Parts
 from executor.cluster import Cluster, NodeConfig
 from executor.errors import ConfigError
 from executor.keys import AllowList, load_public, load_secret
@@ -20,13 +21,21 @@ __all__ = [
     "bind_router",
     "connect_dealer",
     "link_changes",
+    "receive_parts",
+    "send_parts",
     "watch_link",
 ]
 
 _log = logging.getLogger(__name__)
 
 # Kernel buffers hide a slow hop's backlog from its sender; they are kept small on purpose.
-_BUFFER_BYTES = 64 * 1024
+_BUFFER_BYTES = 256 * 1024
+# As plain numbers: combining pyzmq's flags takes longer than what they ask for.
+_NOBLOCK = int(zmq.NOBLOCK)
+_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
+# Received parts below this are handed out as bytes, and sent parts below that are copied.
+_SMALL_BYTES = 2048
+_COPIED_BYTES = 64 * 1024
 _LINK_EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 # Messages ZeroMQ may hold towards a peer. Down the chain the node's own outbox does the queueing,
 # where it can be seen and bounded; up the chain there are only small replies.
@@ -124,6 +133,45 @@ def link_changes(monitor: zmq.Socket[bytes]) -> list[bool]:
         except zmq.Again:
             return changes
         changes.append(int.from_bytes(event[:2], sys.byteorder) == zmq.EVENT_HANDSHAKE_SUCCEEDED)
+
+
+def receive_parts(source: zmq.Socket[bytes]) -> Parts:
+    """The next message; large parts as views of ZeroMQ's own memory.
+
+    Ask the socket's poller first: ZeroMQ's "there is none" costs an exception.
+
+    Raises:
+        zmq.Again: There is none.
+    """
+    parts: Parts = []
+    more = True
+    while more:
+        frame = source.recv(_NOBLOCK, copy=False)
+        parts.append(frame.buffer if len(frame) >= _SMALL_BYTES else frame.bytes)
+        more = frame.more
+    return parts
+
+
+def send_parts(sink: zmq.Socket[bytes], parts: Parts) -> None:
+    """Send a message without copying large parts, which nobody may write to until it has left.
+
+    Raises:
+        zmq.Again: The sink takes nothing now; nothing was sent.
+        zmq.ZMQError: It cannot be sent at all.
+    """
+    last = len(parts) - 1
+    for k, part in enumerate(parts):
+        flags = _NOBLOCK if k == last else _MORE
+        if len(part) < _COPIED_BYTES:
+            sink.send(part, flags)
+            continue
+        # What was received is handed on as ZeroMQ's own; else a thread of pyzmq has to be told
+        # when the part has left.
+        held: object = part.obj if isinstance(part, memoryview) else None
+        if isinstance(held, zmq.Frame) and len(held) == len(part):
+            sink.send(held, flags, copy=False)
+        else:
+            sink.send(part, flags, copy=False)
 
 
 def authenticate(

@@ -1,6 +1,8 @@
 """One node of the chain: `python -m executor.node --role fog --cluster cluster.toml`.
 
-One thread moves frames, one computes. Prints "READY port" once it serves; ends with 0: on SIGTERM
+The thread that computes moves the frames itself while it has nothing to compute, so that a request
+is computed, and its output sent, on the thread that took it in; while it computes, the main thread
+stands in. Prints "READY port" once it serves; ends with 0: on SIGTERM
 after it has finished what it had taken, on SIGINT or a second SIGTERM at once. Ends with 2 and one
 line on stderr when its settings are wrong.
 """
@@ -10,13 +12,16 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import gc
 import json
 import logging
 import os
 import platform
+import select
 import signal
 import socket
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -27,66 +32,36 @@ from typing import Any
 import torch
 import zmq
 
-from executor._compute import ComputeThread, FairQueue, Outcome
-from executor._hop import Hop, Parts
+from executor._compute import Computer, FairQueue, Job
 from executor._http import add_metrics_arguments
 from executor._load import HostLoad
+from executor._mover import Dialled, Mover
 from executor._nodecore import CoreConfig
-from executor._sockets import (
-    HandshakeMonitor,
-    authenticate,
-    bind_router,
-    connect_dealer,
-    link_changes,
-    watch_link,
-)
+from executor._sockets import HandshakeMonitor, authenticate, bind_router
 from executor._watched import WatchedCore
 from executor.arguments import Parser
 from executor.backends import build_backend
-from executor.cluster import Cluster, NodeConfig
+from executor.cluster import Cluster
 from executor.energy import best_meter
 from executor.errors import ConfigError
 from executor.logs import add_log_arguments, configure_logging
-from executor.model import sample_input
+from executor.model import UnitChain, sample_input
 from executor.pacing import LoadTrace, Pacer
 
 __all__ = ["Node", "main"]
 
 _log = logging.getLogger("executor.node")  # also where it is __main__
 
-_MAX_WAIT_MS = 100
-_MESSAGES_PER_TURN = 16
 _END_WAIT_S = 5.0
 _DRAIN_S = 10.0
 # A drained node stays for a moment: its last answers leave, and late requests are told why.
 _DRAIN_REST_S = 0.2
 _LINGER_MS = 1000
-
-
-class _Dialled:
-    """A dealer towards a node further on, and the socket that watches its connection."""
-
-    def __init__(
-        self, ctx: zmq.Context[zmq.Socket[bytes]], cluster: Cluster, target: NodeConfig, role: str
-    ) -> None:
-        self.endpoint = target.connect_endpoint()
-        self.dealer = connect_dealer(ctx, cluster, target, role)
-        self.monitor = watch_link(self.dealer)
-
-    def renew(self) -> None:
-        """Drop the connection and make another."""
-        self.dealer.disconnect(self.endpoint)
-        self.dealer.connect(self.endpoint)
-
-    def close(self) -> None:
-        """Close both sockets."""
-        self.dealer.disable_monitor()
-        self.monitor.close(0)
-        self.dealer.close(0)
+_ASIDE_MS = 100
 
 
 class Node:
-    """A serving node: sockets, protocol core and compute thread."""
+    """A serving node: sockets, protocol core and two threads."""
 
     def __init__(
         self,
@@ -97,8 +72,9 @@ class Node:
         backend: str | None = None,
         ratio: float | None = None,
         insecure: bool = False,
+        chain: UnitChain | None = None,
     ) -> None:
-        """Bind, build the model and start computing; `serve` then moves frames.
+        """Bind and build the model; `serve` then moves frames and computes.
 
         Args:
             cluster: The chain.
@@ -107,6 +83,7 @@ class Node:
             backend: Overrides the cluster's backend for this node.
             ratio: Emulated slowness, see `executor.pacing.Pacer`; None runs at full speed.
             insecure: Allow listening off loopback without keys.
+            chain: The model, where it is built already (eager); else it is built here.
 
         Raises:
             ConfigError: A setting is wrong, or the port is taken.
@@ -122,13 +99,13 @@ class Node:
         self._busy_s = 0.0
         self._questions: collections.deque[Future[dict[str, Any]]] = collections.deque()
         self._router: zmq.Socket[bytes] | None = None
-        self._dialled: list[_Dialled] = []
-        self._compute: ComputeThread | None = None
-        self._outcomes: collections.deque[Outcome] = collections.deque()
+        self._dialled: list[Dialled] = []
+        self._compute: threading.Thread | None = None
+        self._computer: Computer | None = None
         self._jobs = FairQueue(cluster.max_queue)
-        self._wake_read, self._wake_write = socket.socketpair()
-        self._wake_read.setblocking(False)
-        self._wake_write.setblocking(False)
+        self._lock = threading.Lock()  # whoever holds it may use sockets and core
+        self._standing_in = False
+        self._main_wake, self._compute_wake = _Wake(), _Wake()
         self._ctx: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._auth = None
         self._handshakes: HandshakeMonitor | None = None
@@ -140,10 +117,11 @@ class Node:
             following = cluster.nodes[index + 1 : index + 2]
             direct = cluster.direct_target(index)
             for target in (*following, *([direct] if direct else [])):
-                self._dialled.append(_Dialled(self._ctx, cluster, target, role))
-            chain, backend = build_backend(
-                backend or cluster.backend, cluster.model, cluster.weights, device=device
-            )
+                self._dialled.append(Dialled(self._ctx, cluster, target, role))
+            if chain is None:
+                chain, backend = build_backend(
+                    backend or cluster.backend, cluster.model, cluster.weights, device=device
+                )
             # The first pass builds kernels; no request should pay for that.
             x = sample_input(0, chain.spec.input_shape).to(chain.device)
             chain.run(x, 0, chain.spec.n_units)
@@ -155,7 +133,7 @@ class Node:
                 "input_bytes": chain.spec.cut_bytes[0],
                 "device": config.device,
                 "torch_device": device,
-                "backend": backend,
+                "backend": backend or "eager",
                 "torch": torch.__version__,
                 "machine": platform.machine(),
                 "ratio": ratio,
@@ -174,47 +152,90 @@ class Node:
                 direct=cluster.direct_links.get(index),
             )
             self._core = WatchedCore(core_config, self._jobs, self._measure, meter)
-            self._links: list[tuple[_Dialled, Hop]] = list(
-                zip(self._dialled, self._core.links, strict=True)
-            )
-            self._compute = ComputeThread(
-                chain, self._pacer, self._jobs, chain.device, self._on_done
-            )
-            self._compute.start()
+            self._computer = Computer(chain, self._pacer, self._jobs, chain.device)
+            self._mover = Mover(self._core, self._router, self._handshakes, self._dialled)
         except BaseException:
             self.close()
             raise
 
     def serve(self, control_fd: int | None = None) -> None:
-        """Move frames until `stop`, the end of `drain`, or the end of `control_fd` (JSON lines)."""
-        poller = zmq.Poller()
-        handshakes = self._handshakes.socket if self._handshakes is not None else None
-        for source in (self._router, self._wake_read, handshakes, control_fd):
-            if source is not None:
-                poller.register(source, zmq.POLLIN)
-        for end, _ in self._links:
-            poller.register(end.monitor, zmq.POLLIN)
+        """Serve until `stop`, the end of `drain`, or the end of `control_fd` (JSON lines)."""
+        self._compute = threading.Thread(target=self._run, name="compute", daemon=True)
+        self._compute.start()
+        aside, standing_in = select.poll(), select.poll()
+        for poller, fds in ((aside, ()), (standing_in, self._mover.fds)):
+            for fd in (self._main_wake.fd, *fds, *([] if control_fd is None else [control_fd])):
+                poller.register(fd, select.POLLIN)
         control = b""
-        while not self._stopping:
-            for end, link in self._links:
-                poller.register(end.dealer, zmq.POLLIN | (zmq.POLLOUT if link.outbox else 0))
-            wait_s = self._core.due_s(time.monotonic())
-            ready = dict(poller.poll(min(_MAX_WAIT_MS, int(wait_s * 1000) + 1)))
-            if control_fd is not None and control_fd in ready:
-                data = _read(control_fd)
-                if not data:
-                    return
-                *lines, control = (control + data).split(b"\n")
-                for line in lines:
-                    self._control(line)
-            self._turn()
-            if self._drain_until_s is not None and self._drain_over(time.monotonic()):
-                return
+        wait_ms = 0
+        try:
+            while not self._stopping:
+                here = self._standing_in
+                events = (standing_in if here else aside).poll(wait_ms if here else _ASIDE_MS)
+                ready = {fd for fd, _ in events}
+                if control_fd is not None and control_fd in ready:
+                    data = _read(control_fd)
+                    if not data:
+                        return
+                    *lines, control = (control + data).split(b"\n")
+                    for line in lines:
+                        self._control(line)
+                if self._main_wake.fd in ready:
+                    self._main_wake.clear()
+                with self._lock:
+                    wait_ms = self._mover.turn() if self._standing_in else 0
+                    if len(self._jobs) and not self._standing_in:
+                        self._compute_wake.set()
+                    while self._questions:
+                        self._questions.popleft().set_result(self._core.facts(time.monotonic()))
+                    if self._drain_until_s is not None and self._drain_over(time.monotonic()):
+                        return
+        finally:
+            self.stop()
+
+    def _run(self) -> None:
+        """Compute what there is to compute, and move frames meanwhile (the compute thread)."""
+        poller = select.poll()
+        for fd in (self._compute_wake.fd, *self._mover.fds):
+            poller.register(fd, select.POLLIN)
+        try:
+            while True:
+                with self._lock:
+                    if self._stopping:
+                        return
+                    wait_ms = self._mover.turn()
+                    job = self._jobs.get()
+                if job is not None:
+                    self._work(job)
+                    continue
+                if self._standing_in:  # what was computed has been sent
+                    self._standing_in = False
+                    self._main_wake.set()
+                    continue
+                if wait_ms and (self._compute_wake.fd, select.POLLIN) in poller.poll(wait_ms):
+                    self._compute_wake.clear()
+        except BaseException:
+            _log.exception("the compute thread failed; the node ends")
+            self.stop()
+
+    def _work(self, job: Job) -> None:
+        """Run jobs until none waits; only the last one's output is left to this thread to send."""
+        assert self._computer is not None
+        following: Job | None = job
+        while following is not None:
+            if not self._standing_in and (following is not job or not self._computer.is_short(job)):
+                self._standing_in = True
+                self._main_wake.set()
+            self._mover.outcomes.append(self._computer.run(following))
+            following = self._jobs.get()
+            if following is not None:
+                self._main_wake.set()
 
     def stop(self) -> None:
         """Let `serve` return; may be called from a signal handler or another thread."""
         self._stopping = True
-        self._wake()
+        self._main_wake.set()
+        self._compute_wake.set()
 
     def drain(self, deadline_s: float) -> None:
         """Refuse new requests, finish those taken, for at most so long, then let `serve` return.
@@ -226,7 +247,7 @@ class Node:
             return
         self._drain_until_s = time.monotonic() + deadline_s
         self._core.draining = True
-        self._wake()
+        self._main_wake.set()
 
     def facts(self, timeout_s: float = 1.0) -> dict[str, Any] | None:
         """What the node knows of itself now (`NodeCore.facts`); from any thread.
@@ -235,7 +256,7 @@ class Node:
         """
         question: Future[dict[str, Any]] = Future()
         self._questions.append(question)
-        self._wake()
+        self._main_wake.set()
         try:
             return question.result(timeout_s)
         except TimeoutError:
@@ -243,58 +264,28 @@ class Node:
 
     def close(self) -> bool:
         """Close every socket; returns whether the compute thread has ended too."""
+        self._stopping = True
+        self._compute_wake.set()
         self._jobs.close()
-        for end in self._dialled:
-            end.close()
-        if self._router is not None:
-            # What was answered last may still be on its way.
-            self._router.close(0 if self._drain_until_s is None else _LINGER_MS)
-        if self._handshakes is not None:
-            self._handshakes.close()
+        with self._lock:
+            for end in self._dialled:
+                end.close()
+            if self._router is not None:
+                # What was answered last may still be on its way.
+                self._router.close(0 if self._drain_until_s is None else _LINGER_MS)
+            if self._handshakes is not None:
+                self._handshakes.close()
         if self._auth is not None:
             self._auth.stop()
         self._ctx.term()
         ended = True
-        if self._compute is not None and self._compute.ident is not None:
+        if self._compute is not None:
             self._compute.join(_END_WAIT_S)
             ended = not self._compute.is_alive()
         if ended:
-            self._wake_read.close()
-            self._wake_write.close()
+            self._main_wake.close()
+            self._compute_wake.close()
         return ended
-
-    def _turn(self) -> None:
-        """Take what came in, let the core decide, send what it leaves."""
-        with contextlib.suppress(BlockingIOError):
-            while self._wake_read.recv(4096):
-                pass
-        while self._outcomes:
-            self._feed(self._core.on_outcome, self._outcomes.popleft())
-        for end, link in self._links:
-            for _ in range(_MESSAGES_PER_TURN):
-                parts = _receive(end.dealer)
-                if parts is None:
-                    break
-                self._feed(self._core.on_downstream, parts, link=link)
-            # What came over a connection is taken in before the news of its end.
-            for up in link_changes(end.monitor):
-                self._feed(self._core.on_link, link, up)
-        for _ in range(_MESSAGES_PER_TURN):
-            parts = _receive(self._router)
-            if parts is None:
-                break
-            self._feed(self._core.on_upstream, bytes(parts[0]), parts[1:])
-        if self._handshakes is not None:
-            self._handshakes.read()
-        self._feed(self._core.tick)
-        for end, link in self._links:
-            if link in self._core.stuck:
-                _log.warning("nothing gets across to %s any more; dialling anew", end.endpoint)
-                end.renew()
-                self._feed(self._core.on_link, link, False)
-        self._core.stuck.clear()
-        while self._questions:
-            self._questions.popleft().set_result(self._core.facts(time.monotonic()))
 
     def _drain_over(self, now_s: float) -> bool:
         """Whether what was taken is finished, or the deadline has passed."""
@@ -307,34 +298,11 @@ class Node:
             return True
         return now_s - self._busy_s >= _DRAIN_REST_S
 
-    def _feed(self, handle: Callable[..., None], *event: object, **more: object) -> None:
-        """Hand one event to the core and send what it leaves."""
-        try:
-            handle(*event, time.monotonic(), **more)
-        except Exception:
-            # One frame must never end a node, whatever it turned out to hold.
-            self._core.bad_frames += 1
-            _log.exception("%s failed; the frame is dropped", handle.__name__)
-        while self._core.up and self._router is not None:
-            identity, parts = self._core.up.popleft()
-            try:
-                self._router.send_multipart([identity, *parts], zmq.NOBLOCK, copy=False)
-            except zmq.ZMQError as error:
-                # Gone, or so slow that its queue is full: the client's deadline covers both.
-                _log.debug("no way up to a peer: %s", error)
-                if error.errno != zmq.EAGAIN:
-                    self._core.forget(identity)
-        for end, link in self._links:
-            with contextlib.suppress(zmq.Again):
-                while link.outbox:
-                    end.dealer.send_multipart(link.outbox[0], zmq.NOBLOCK, copy=False)
-                    link.outbox.popleft()
-
     def _measure(self, now_s: float) -> dict[str, Any]:
         """The compute half of a STATUS."""
         paced = self._pacer.ratio is not None
         load = self._pacer.load.value_at(now_s) if paced else self._host_load.read(now_s)
-        backlog_s = self._compute.backlog_s(now_s) if self._compute is not None else 0.0
+        backlog_s = self._computer.backlog_s(now_s) if self._computer is not None else 0.0
         return {
             "load": round(load, 4),
             "backlog_s": round(backlog_s, 6),
@@ -357,14 +325,28 @@ class Node:
         except (ConfigError, ValueError, KeyError, TypeError) as error:
             _log.warning("control line ignored, expected a load: %r", error)
 
-    def _on_done(self, outcome: Outcome) -> None:
-        self._outcomes.append(outcome)
-        self._wake()
 
-    def _wake(self) -> None:
-        # A full or closed pipe is fine: the loop is then awake, or gone.
+class _Wake:
+    """Wakes a thread that polls `fd`."""
+
+    def __init__(self) -> None:
+        self._near, self._far = socket.socketpair()
+        self._near.setblocking(False)
+        self._far.setblocking(False)
+        self.fd = self._near.fileno()
+
+    def set(self) -> None:
+        # A full or closed pipe is fine: the thread is then awake, or gone.
         with contextlib.suppress(OSError):
-            self._wake_write.send(b"\0")
+            self._far.send(b"\0")
+
+    def clear(self) -> None:
+        with contextlib.suppress(OSError):
+            self._near.recv(4096)
+
+    def close(self) -> None:
+        self._near.close()
+        self._far.close()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -396,6 +378,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, lambda *_: node.drain(args.drain_s))
         signal.signal(signal.SIGINT, lambda *_: node.stop())
         watch(node)
+        # A full collection would go through all of torch: tens of ms in the middle of a request.
+        gc.collect()
+        gc.freeze()
         print(f"READY {node.port}", flush=True)
         _log.info("serving on port %d", node.port, extra={"port": node.port})
         try:
@@ -443,17 +428,6 @@ def _monitor(
     following = [node.name for node in cluster.nodes[index + 1 : index + 2]]
     monitor = NodeMonitor(args.role, "".join(following), args.metrics_host, port)
     return stack.enter_context(monitor).watch
-
-
-def _receive(source: zmq.Socket[bytes] | None) -> Parts | None:
-    """The next message as views of ZeroMQ's own memory; None if there is none."""
-    if source is None:
-        return None
-    try:
-        frames = source.recv_multipart(zmq.NOBLOCK, copy=False)
-    except zmq.Again:
-        return None
-    return [frame.buffer for frame in frames]
 
 
 def _read(fd: int) -> bytes:

@@ -19,18 +19,20 @@ Header, little-endian:
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import struct
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from executor._checksum import crc32
 from executor.errors import FrameDamaged, WireError
 from executor.late import CutTable, pack_tables, parse_tables
 
@@ -101,6 +103,7 @@ class Kind(IntEnum):
 
 
 _STAMPED = frozenset({Kind.INFER, Kind.RESULT})
+_KINDS = {kind.value: kind for kind in Kind}
 
 
 class StageStamp(NamedTuple):
@@ -197,47 +200,54 @@ def pack(header: Header) -> bytes:
         code = _DTYPE_CODES.get(header.dtype, 0)
         if not code:
             raise WireError(f"dtype {header.dtype} cannot be sent; use float32")
-    try:
-        parts = [
-            _FIXED.pack(
-                _MAGIC,
-                VERSION,
-                header.kind,
-                code,
-                len(header.shape),
-                len(header.cuts),
-                header.tries,
-                (_DIRECT if header.direct else 0) | (_LATE if header.late else 0),
-                header.client,
-                header.seq,
-                header.digest,
-                *dims,
-                *header.clock_s,
-                header.body_bytes,
-                header.body_crc,
-            ),
-            struct.pack(f"<{len(header.cuts)}H", *header.cuts),
-        ]
-    except struct.error as error:
-        raise WireError(f"header does not fit the wire's layout: {error}") from error
-    if header.kind in _STAMPED:
-        n = len(header.cuts)
+    n = len(header.cuts)
+    stages: Sequence[StageStamp] = ()
+    hops: Sequence[HopStamp] = ()
+    stamped = header.kind in _STAMPED
+    if stamped:
         stages = header.stages or [StageStamp()] * (n + 1)
         hops = header.hops or [HopStamp()] * n
         if len(stages) != n + 1 or len(hops) != n:
             raise WireError(f"{n} cuts need {n + 1} stage stamps and {n} hop stamps")
-        flat = [value for stamp in (*stages, *hops) for value in stamp]
-        parts.append(struct.pack(f"<{len(flat)}d", *flat))
+    try:
+        data = _FIXED.pack(
+            _MAGIC,
+            VERSION,
+            header.kind,
+            code,
+            len(header.shape),
+            n,
+            header.tries,
+            (_DIRECT if header.direct else 0) | (_LATE if header.late else 0),
+            header.client,
+            header.seq,
+            header.digest,
+            *dims,
+            *header.clock_s,
+            header.body_bytes,
+            header.body_crc,
+        ) + _rest(n, stamped).pack(
+            *header.cuts, *chain.from_iterable(stages), *chain.from_iterable(hops)
+        )
+    except struct.error as error:
+        raise WireError(f"header does not fit the wire's layout: {error}") from error
     if header.late:
         if header.kind is not Kind.INFER:
             raise WireError(f"only an INFER carries cut tables, not a {header.kind.name}")
-        parts.append(pack_tables(header.late))
-    return seal(b"".join(parts))
+        data += pack_tables(header.late)
+    return seal(data)
+
+
+@functools.lru_cache(maxsize=2 * MAX_CUTS)
+def _rest(n_cuts: int, stamped: bool) -> struct.Struct:
+    """The layout of what follows the fixed part: cuts, then stamps where there are any."""
+    n_values = 4 * (n_cuts + 1) + 3 * n_cuts if stamped else 0
+    return struct.Struct(f"<{n_cuts}H{n_values}d")
 
 
 def seal(data: bytes) -> bytes:
     """A header's bytes with their CRC behind them."""
-    return data + _CRC.pack(zlib.crc32(data))
+    return data + _CRC.pack(crc32(data))
 
 
 def parse_header(data: bytes | memoryview) -> Header:
@@ -270,20 +280,27 @@ def parse_header(data: bytes | memoryview) -> Header:
         raise WireError(f"expected magic {_MAGIC!r}, got {magic!r}")
     if version != VERSION:
         raise WireError(f"expected wire version {VERSION}, got {version}; update the older side")
-    if zlib.crc32(data[: -_CRC.size]) != _CRC.unpack_from(data, len(data) - _CRC.size)[0]:
+    if crc32(data[: -_CRC.size]) != _CRC.unpack_from(data, len(data) - _CRC.size)[0]:
         raise FrameDamaged(f"the header's checksum is wrong ({len(data)} bytes)")
     if flags & ~(_DIRECT | _LATE):
         raise WireError(f"unknown header flags {flags:#x}")
-    try:
-        kind = Kind(kind_code)
-    except ValueError:
-        raise WireError(f"unknown frame kind {kind_code}") from None
+    kind = _KINDS.get(kind_code)
+    if kind is None:
+        raise WireError(f"unknown frame kind {kind_code}")
     clock_s = tuple(dims_clock[MAX_DIMS:])
     if not all(map(math.isfinite, clock_s)):
         raise WireError(f"clock readings must be finite, got {clock_s}")
-    header = Header(kind, client, seq, digest=digest, clock_s=clock_s)
-    header.body_bytes, header.body_crc = body_bytes, body_crc
-    header.tries, header.direct = tries, bool(flags & _DIRECT)
+    header = Header(
+        kind,
+        client,
+        seq,
+        digest=digest,
+        body_bytes=body_bytes,
+        body_crc=body_crc,
+        tries=tries,
+        direct=bool(flags & _DIRECT),
+        clock_s=clock_s,
+    )
     _parse_shape(header, dtype_code, n_dims, dims_clock[:MAX_DIMS])
     _parse_plan(header, n_cuts, data, bool(flags & _LATE))
     return header
@@ -316,22 +333,22 @@ def _parse_plan(header: Header, n_cuts: int, data: bytes | memoryview, late: boo
     """Fill in the cuts, stamps and cut tables from what follows the fixed part."""
     if n_cuts > MAX_CUTS:
         raise WireError(f"a plan has at most {MAX_CUTS} cuts, got {n_cuts}")
-    n_values = 4 * (n_cuts + 1) + 3 * n_cuts if header.kind in _STAMPED else 0
-    expected = _FIXED.size + 2 * n_cuts + 8 * n_values + _CRC.size
+    rest = _rest(n_cuts, header.kind in _STAMPED)
+    expected = _FIXED.size + rest.size + _CRC.size
     if late:
         if header.kind is not Kind.INFER:
             raise WireError(f"only an INFER carries cut tables, not a {header.kind.name}")
         header.late = parse_tables(data[expected - _CRC.size : len(data) - _CRC.size])
     elif len(data) != expected:
         raise WireError(f"header with {n_cuts} cuts is {expected} bytes, got {len(data)}")
-    header.cuts = struct.unpack_from(f"<{n_cuts}H", data, _FIXED.size)
-    if n_values:
-        values = struct.unpack_from(f"<{n_values}d", data, _FIXED.size + 2 * n_cuts)
-        if not all(map(math.isfinite, values)):
+    values = rest.unpack_from(data, _FIXED.size)
+    header.cuts, stamps = values[:n_cuts], values[n_cuts:]
+    if stamps:
+        if not all(map(math.isfinite, stamps)):
             raise WireError("timestamps must be finite")
-        split = 4 * (n_cuts + 1)
-        header.stages = [StageStamp(*values[i : i + 4]) for i in range(0, split, 4)]
-        header.hops = [HopStamp(*values[i : i + 3]) for i in range(split, n_values, 3)]
+        of_stage, of_hop = iter(stamps[: 4 * (n_cuts + 1)]), iter(stamps[4 * (n_cuts + 1) :])
+        header.stages = list(map(StageStamp, of_stage, of_stage, of_stage, of_stage))
+        header.hops = list(map(HopStamp, of_hop, of_hop, of_hop))
 
 
 def check_body(header: Header, body: memoryview | None) -> None:
@@ -341,7 +358,7 @@ def check_body(header: Header, body: memoryview | None) -> None:
         FrameDamaged: The length or the checksum is not what the header says.
     """
     _check_length(header, body)
-    if body is not None and zlib.crc32(body) != header.body_crc:
+    if body is not None and crc32(body) != header.body_crc:
         raise FrameDamaged(f"the checksum of {body.nbytes} bytes of body is wrong")
 
 
@@ -371,7 +388,7 @@ def parse(parts: Sequence[bytes | memoryview]) -> Frame:
 def attach(header: Header, body: bytes | memoryview) -> memoryview:
     """Write a body's length and checksum into its header; returns the body."""
     view = memoryview(body)
-    header.body_bytes, header.body_crc = view.nbytes, zlib.crc32(view)
+    header.body_bytes, header.body_crc = view.nbytes, crc32(view)
     return view
 
 
@@ -413,7 +430,7 @@ def decode_json(body: bytes | memoryview | None) -> dict[str, Any]:
 def array_body(header: Header, array: NDArray[Any]) -> memoryview:
     """Describe `array` in the header and give its bytes, without copying if it is contiguous.
 
-    Describing it takes its checksum (2 GB/s on one core of a 2020s x86 machine).
+    Describing it takes its checksum (2 GB/s on one core of a 2020s x86 machine, 7 GB/s by ISA-L).
 
     The view keeps the array alive; nothing may write to the array until the view is sent.
     """

@@ -1,0 +1,66 @@
+"""A long run of this executor alone: plans change, outputs are checked, memory is watched."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+
+from executor.bench import ours
+from executor.bench.cases import Case
+from executor.bench.hosts import open_files, resident_mib
+from executor.bench.measure import Running, drain
+from executor.plan import candidate_plans
+
+__all__ = ["PLAN_EVERY", "describe", "run_long"]
+
+PLAN_EVERY = 50
+_SAMPLES = 20
+
+
+def run_long(case: Case, requests: int) -> dict[str, Any]:
+    """So many requests one after the other, another candidate plan every `PLAN_EVERY`.
+
+    Returns:
+        `requests`, `plan_changes`, `wrong`, and `samples`: requests done so far, and per process
+        (client first) MiB of anonymous memory and open files.
+    """
+    plans = candidate_plans(case.chain.spec, case.n_nodes)
+    choose = random.Random(0)
+    wrong = changes = 0
+    samples: list[dict[str, Any]] = []
+    with Running(case, [ours.SYSTEM]) as running:
+        link = running.links[ours.SYSTEM.name]
+        assert isinstance(link, ours.Link)
+        for number in range(requests):
+            if number and number % PLAN_EVERY == 0:
+                link.plan = choose.choice([plan for plan in plans if plan != link.plan])
+                changes += 1
+            which = number % len(case.inputs)
+            wrong += not torch.equal(link.call(case.inputs[which]), case.outputs[which])
+            if (number + 1) % max(1, requests // _SAMPLES) == 0:
+                nodes = drain(running.hosts[ours.SYSTEM.name])
+                samples.append(
+                    {
+                        "requests": number + 1,
+                        "memory_mib": [resident_mib(), *(node.memory_mib for node in nodes)],
+                        "open_files": [open_files(), *(node.open_files for node in nodes)],
+                    }
+                )
+    return {"requests": requests, "plan_changes": changes, "wrong": wrong, "samples": samples}
+
+
+def describe(result: dict[str, Any]) -> str:
+    """The run as text: memory and files early, half way and at the end."""
+    samples = result["samples"]
+    shown = [samples[len(samples) // 5], samples[len(samples) // 2], samples[-1]]
+    lines = [
+        f"long run: {result['requests']} requests, {result['plan_changes']} plan changes, "
+        f"{result['wrong']} wrong; client and nodes:"
+    ]
+    for sample in shown:
+        memory = "/".join(f"{value:.1f}" for value in sample["memory_mib"])
+        files = "/".join(map(str, sample["open_files"]))
+        lines.append(f"  after {sample['requests']:6} requests: {memory} MiB, {files} open files")
+    return "\n".join(lines)
