@@ -6,10 +6,10 @@ import hashlib
 import io
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,11 +26,21 @@ from executor.profile import Profile
 if TYPE_CHECKING:
     from env.system import StepResult
 
-__all__ = ["Checkpoint", "PolicyController", "PolicyNetwork", "metadata_text"]
+__all__ = [
+    "Actor",
+    "ActorController",
+    "Checkpoint",
+    "PolicyController",
+    "PolicyNetwork",
+    "ResidualActor",
+    "metadata_text",
+    "read_verified",
+]
 
 log = logging.getLogger(__name__)
 
 F32 = NDArray[np.float32]
+I64 = NDArray[np.int64]
 FORMAT_VERSION = 1
 ARRAYS = ("w1", "b1", "w2", "b2", "w3", "b3", "tau")
 
@@ -116,7 +126,7 @@ class Checkpoint:
             ConfigError: Missing, damaged, or made for another model or profile shape.
         """
         try:
-            metadata = _read_verified(directory)
+            metadata = read_verified(directory, ("policy.npz", "profile.json", "policy.zip"))
             profile = Profile.load(directory / "profile.json")
             with np.load(directory / "policy.npz", allow_pickle=False) as file:
                 arrays = {k: file[k] for k in ARRAYS}
@@ -163,8 +173,13 @@ def _metadata_digest(metadata: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
-def _read_verified(directory: Path) -> dict[str, Any]:
-    """Read metadata.json, and hold it and the files beside it against its digests."""
+def read_verified(directory: Path, names: tuple[str, ...]) -> dict[str, Any]:
+    """Read metadata.json, and hold it and the files beside it against its digests.
+
+    Raises:
+        ConfigError: One is damaged or was changed.
+        OSError: One cannot be read (a policy.zip may be missing: only further training needs it).
+    """
     path = directory / "metadata.json"
     try:
         metadata = json.loads(path.read_text())
@@ -176,11 +191,11 @@ def _read_verified(directory: Path) -> dict[str, Any]:
         return dict(metadata)
     if not isinstance(digests, dict):
         raise ConfigError(f"checkpoint file {path} is damaged: sha256 is no table")
-    for name in ("metadata.json", "policy.npz", "profile.json", "policy.zip"):
+    for name in ("metadata.json", *names):
         if name == "metadata.json":
             found = _metadata_digest(metadata)
         elif name == "policy.zip" and not (name in digests and (directory / name).exists()):
-            continue  # only further training needs it
+            continue
         else:
             found = hashlib.sha256((directory / name).read_bytes()).hexdigest()
         if found != digests.get(name):
@@ -191,8 +206,77 @@ def _read_verified(directory: Path) -> dict[str, Any]:
     return dict(metadata)
 
 
-class PolicyController:
-    """The deployed policy as a controller.
+class Actor(Protocol):
+    """A policy that decides for one system; what it observes is its own affair.
+
+    Attributes:
+        encoder: Keeps the history.
+    """
+
+    encoder: Encoder
+
+    def observe(self, history: F32, state: SystemState) -> Any:
+        """What the policy sees; `history` [B, HISTORY * features] already holds `state`."""
+        ...
+
+    def logits(self, seen: Any) -> F32:
+        """Logits of the candidate plans, [B, A]."""
+        ...
+
+    def lesson(self, seen: Any, plans: I64) -> tuple[NDArray[Any], ...]:
+        """What learning needs to know of the plans tried, [B, K] (`agents.hindsight`)."""
+        ...
+
+
+class ResidualActor:
+    """The policy of one model (`agents.policy`) as an `Actor`."""
+
+    def __init__(self, model: CostModel, network: PolicyNetwork) -> None:
+        self.encoder, self._network = Encoder(model), network
+
+    def observe(self, history: F32, state: SystemState) -> F32:
+        """The observation, [B, size]."""
+        return self.encoder.observe(history, state)
+
+    def logits(self, seen: F32) -> F32:
+        """Logits of the candidate plans, [B, A]."""
+        return self._network.logits(seen)
+
+    def lesson(self, seen: F32, plans: I64) -> tuple[F32, I64]:
+        """The observation and the plans."""
+        return seen, plans
+
+
+class ActorController:
+    """A policy as a controller.
+
+    Args:
+        name: The arm's name.
+        make: The policy for a system.
+    """
+
+    def __init__(self, name: str, make: Callable[[CostModel], Actor]) -> None:
+        self.name = name
+        self._make = make
+
+    def reset(self, model: CostModel, batch: int) -> None:
+        """Start with an empty history; `model` is the running system's."""
+        self._model, self._actor = model, self._make(model)
+        self._history = self._actor.encoder.new_history(batch)
+
+    def decide(self, state: SystemState, last: StepResult | None = None) -> Decision:
+        """Of the plans that can be served, that of highest logit per environment."""
+        self._history = self._actor.encoder.push(self._history, state)
+        logits = self._actor.logits(self._actor.observe(self._history, state))
+        usable = self._model.usable(state)
+        if usable is not None:
+            logits = np.where(usable, logits, -np.inf)
+        best = logits.argmax(axis=1)
+        return Decision(self._model.table.cuts[best], idle_probes(state, self._model.scenario))
+
+
+class PolicyController(ActorController):
+    """The deployed policy of one model as a controller.
 
     Args:
         checkpoint: Weights and the profile they belong to.
@@ -200,28 +284,21 @@ class PolicyController:
     """
 
     def __init__(self, checkpoint: Checkpoint, zeroed: bool = False) -> None:
-        self.name = "policy-zeroed" if zeroed else "policy"
         self.checkpoint = checkpoint
-        self.network = PolicyNetwork(checkpoint.arrays, zeroed)
+        network = PolicyNetwork(checkpoint.arrays, zeroed)
+        name = "policy-zeroed" if zeroed else "policy"
+        super().__init__(name, lambda model: ResidualActor(model, network))
 
     def reset(self, model: CostModel, batch: int) -> None:
-        """Start with an empty history; `model` is the running system's."""
+        """Start with an empty history.
+
+        Raises:
+            ConfigError: The policy was trained for another model, or for other plans.
+        """
         self.checkpoint.check_fits(model.profile)
-        self._model = model
-        self._encoder = Encoder(model)
         if model.plans != self.checkpoint.plans:
             raise ConfigError(
                 f"the policy chooses among {len(self.checkpoint.plans)} plans, this scenario "
                 f"offers {len(model.plans)}; use the same `constrained` setting or train again"
             )
-        self._history = self._encoder.new_history(batch)
-
-    def decide(self, state: SystemState, last: StepResult | None = None) -> Decision:
-        """Of the plans that can be served, that of highest logit per environment."""
-        self._history = self._encoder.push(self._history, state)
-        logits = self.network.logits(self._encoder.observe(self._history, state))
-        usable = self._model.usable(state)
-        if usable is not None:
-            logits = np.where(usable, logits, -np.inf)
-        best = logits.argmax(axis=1)
-        return Decision(self._model.table.cuts[best], idle_probes(state, self._model.scenario))
+        super().reset(model, batch)
