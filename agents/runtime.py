@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import io
 import json
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from agents.controllers import Decision
 from env.cost import References
 from env.predict import CostModel
-from env.state import Encoder, SystemState, idle_probes
+from env.state import HISTORY, Encoder, SystemState, idle_probes
 from executor.errors import ConfigError
 from executor.files import write_together
 from executor.plan import Plan
@@ -250,29 +251,67 @@ class ResidualActor:
 class ActorController:
     """A policy as a controller.
 
+    It was trained with states a fixed interval apart. Where decisions are closer together it sees,
+    beside the newest state, those that lie so far apart.
+
     Args:
         name: The arm's name.
         make: The policy for a system.
+        trained_s: The interval it was trained with; None for the system's own.
     """
 
-    def __init__(self, name: str, make: Callable[[CostModel], Actor]) -> None:
+    def __init__(
+        self, name: str, make: Callable[[CostModel], Actor], trained_s: float | None = None
+    ) -> None:
         self.name = name
-        self._make = make
+        self._make, self._trained_s = make, trained_s
 
     def reset(self, model: CostModel, batch: int) -> None:
         """Start with an empty history; `model` is the running system's."""
-        self._model, self._actor = model, self._make(model)
+        interval_s = model.scenario.interval_s
+        trained_s = self._trained_s or interval_s
+        known = model
+        if trained_s != interval_s:
+            scenario = model.scenario.replace(interval_s=trained_s)
+            known = CostModel(model.profile, scenario, model.references)
+        self._model, self._actor = model, self._make(known)
+        self._apart = max(1, round(trained_s / interval_s))
+        self._past: collections.deque[F32] = collections.deque(
+            maxlen=(HISTORY - 1) * self._apart + 1
+        )
         self._history = self._actor.encoder.new_history(batch)
 
     def decide(self, state: SystemState, last: StepResult | None = None) -> Decision:
         """Of the plans that can be served, that of highest logit per environment."""
-        self._history = self._actor.encoder.push(self._history, state)
-        logits = self._actor.logits(self._actor.observe(self._history, state))
+        self._remember(state)
+        cuts = self._best(self._history, state)
+        return Decision(cuts, idle_probes(state, self._model.scenario))
+
+    def glance(self, state: SystemState) -> I64:
+        """As `decide`, with the newest state replaced by this one; nothing is remembered."""
+        encoder = self._actor.encoder
+        older = self._history[:, encoder.features :]
+        history = np.concatenate([encoder.encode_state(state), older], axis=1)
+        return self._best(history, state)
+
+    def _best(self, history: F32, state: SystemState) -> I64:
+        logits = self._actor.logits(self._actor.observe(history, state))
         usable = self._model.usable(state)
         if usable is not None:
             logits = np.where(usable, logits, -np.inf)
-        best = logits.argmax(axis=1)
-        return Decision(self._model.table.cuts[best], idle_probes(state, self._model.scenario))
+        best: I64 = self._model.table.cuts[logits.argmax(axis=1)]
+        return best
+
+    def _remember(self, state: SystemState) -> None:
+        """Take a state in: the newest, and those before it at the interval of the training."""
+        encoder = self._actor.encoder
+        if self._apart == 1:
+            self._history = encoder.push(self._history, state)
+            return
+        self._past.append(encoder.encode_state(state))
+        seen = list(self._past)[:: -self._apart]
+        missing = [np.zeros_like(seen[0])] * (HISTORY - len(seen))
+        self._history = np.concatenate([*seen, *missing], axis=1)
 
 
 class PolicyController(ActorController):
@@ -286,8 +325,12 @@ class PolicyController(ActorController):
     def __init__(self, checkpoint: Checkpoint, zeroed: bool = False) -> None:
         self.checkpoint = checkpoint
         network = PolicyNetwork(checkpoint.arrays, zeroed)
-        name = "policy-zeroed" if zeroed else "policy"
-        super().__init__(name, lambda model: ResidualActor(model, network))
+        trained = checkpoint.metadata.get("scenario", {}).get("interval_s")
+        super().__init__(
+            "policy-zeroed" if zeroed else "policy",
+            lambda model: ResidualActor(model, network),
+            float(trained) if trained else None,
+        )
 
     def reset(self, model: CostModel, batch: int) -> None:
         """Start with an empty history.

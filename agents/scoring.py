@@ -223,4 +223,8 @@ class ScoringPolicy:
 
 def scoring_controller(policy: ScoringPolicy) -> ActorController:
     """The policy as a controller, for any model on three nodes."""
-    return ActorController("policy-all", lambda model: ScoringActor(model, policy.arrays))
+    return ActorController(
+        "policy-all",
+        lambda model: ScoringActor(model, policy.arrays),
+        policy.metadata.get("interval_s"),
+    )

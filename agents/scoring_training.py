@@ -160,6 +160,7 @@ def train_for_all(
             scorer.arrays(),
             {
                 "models": [p.spec.name for p in profiles],
+                "interval_s": scenarios[0].interval_s,
                 "training": asdict(settings),
                 "validation_cost_ratio_to_solver": list(history),
             },

@@ -116,12 +116,12 @@ class Session:
 
         self._post_event(event)
 
-    def submit(self, seq: int, plan: Plan, deadline_s: float) -> None:
-        """Run a registered inference."""
+    def submit(self, seq: int, plan: Plan, deadline_s: float, late: bool = False) -> None:
+        """Run a registered inference, with its header's cut tables if `late`."""
 
         def event(now_s: float) -> None:
             assert self._recovery is not None
-            self._carry_out(self._recovery.submitted(seq, plan, deadline_s, now_s))
+            self._carry_out(self._recovery.submitted(seq, plan, deadline_s, now_s, late))
 
         self._post_event(event)
 
@@ -374,6 +374,7 @@ class Session:
                         cuts=instruction.plan.cuts,
                         tries=instruction.tries,
                         direct=instruction.direct,
+                        late=pending.header.late if instruction.late else (),
                     )
                     self._inputs.append([pack(header), pending.body or b""])
             elif isinstance(instruction, Fail):

@@ -13,6 +13,7 @@ Header, little-endian:
     shape (8 x u32, unused ones 0); three clock readings (f64); body length (u64), body CRC (u32)
     then the plan's cuts (u16 each)
     then, for INFER and RESULT: 4 f64 per node (`StageStamp`) and 3 f64 per hop (`HopStamp`)
+    then, for INFER with that flag: the cut tables (`executor.late`)
     then the CRC of all that (u32)
 """
 
@@ -31,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from executor.errors import FrameDamaged, WireError
+from executor.late import CutTable, pack_tables, parse_tables
 
 __all__ = [
     "MAX_BODY_BYTES",
@@ -67,7 +69,7 @@ _MAX_DIGITS = 32
 _MAGIC = b"SPLT"
 _FIXED = struct.Struct("<4sBBBBHBB16sQ8s8I3dQI")
 _CRC = struct.Struct("<I")
-_DIRECT = 1  # the one flag
+_DIRECT, _LATE = 1, 2  # the flags
 _DTYPES: dict[int, np.dtype[Any]] = {
     1: np.dtype("<f4"),
     2: np.dtype("<f2"),
@@ -151,6 +153,7 @@ class Header:
         clock_s: Readings for the clock exchange: sender's send, receiver's receipt and reply.
         stages: Per node, N values (INFER and RESULT only).
         hops: Per hop, N - 1 values (INFER and RESULT only).
+        late: From what nodes may pick another cut than the plan's (INFER only).
     """
 
     kind: Kind
@@ -167,6 +170,7 @@ class Header:
     clock_s: tuple[float, float, float] = (0.0, 0.0, 0.0)
     stages: list[StageStamp] = field(default_factory=list)
     hops: list[HopStamp] = field(default_factory=list)
+    late: tuple[CutTable, ...] = ()
 
     def reply(self, kind: Kind) -> Header:
         """An empty header of `kind` with this request's id and try."""
@@ -203,7 +207,7 @@ def pack(header: Header) -> bytes:
                 len(header.shape),
                 len(header.cuts),
                 header.tries,
-                _DIRECT if header.direct else 0,
+                (_DIRECT if header.direct else 0) | (_LATE if header.late else 0),
                 header.client,
                 header.seq,
                 header.digest,
@@ -224,6 +228,10 @@ def pack(header: Header) -> bytes:
             raise WireError(f"{n} cuts need {n + 1} stage stamps and {n} hop stamps")
         flat = [value for stamp in (*stages, *hops) for value in stamp]
         parts.append(struct.pack(f"<{len(flat)}d", *flat))
+    if header.late:
+        if header.kind is not Kind.INFER:
+            raise WireError(f"only an INFER carries cut tables, not a {header.kind.name}")
+        parts.append(pack_tables(header.late))
     return seal(b"".join(parts))
 
 
@@ -264,7 +272,7 @@ def parse_header(data: bytes | memoryview) -> Header:
         raise WireError(f"expected wire version {VERSION}, got {version}; update the older side")
     if zlib.crc32(data[: -_CRC.size]) != _CRC.unpack_from(data, len(data) - _CRC.size)[0]:
         raise FrameDamaged(f"the header's checksum is wrong ({len(data)} bytes)")
-    if flags & ~_DIRECT:
+    if flags & ~(_DIRECT | _LATE):
         raise WireError(f"unknown header flags {flags:#x}")
     try:
         kind = Kind(kind_code)
@@ -277,7 +285,7 @@ def parse_header(data: bytes | memoryview) -> Header:
     header.body_bytes, header.body_crc = body_bytes, body_crc
     header.tries, header.direct = tries, bool(flags & _DIRECT)
     _parse_shape(header, dtype_code, n_dims, dims_clock[:MAX_DIMS])
-    _parse_plan(header, n_cuts, data)
+    _parse_plan(header, n_cuts, data, bool(flags & _LATE))
     return header
 
 
@@ -304,13 +312,17 @@ def _parse_shape(header: Header, code: int, n_dims: int, dims: Sequence[int]) ->
     header.shape = tuple(dims[:n_dims])
 
 
-def _parse_plan(header: Header, n_cuts: int, data: bytes | memoryview) -> None:
-    """Fill in the cuts and stamps from what follows the fixed part."""
+def _parse_plan(header: Header, n_cuts: int, data: bytes | memoryview, late: bool) -> None:
+    """Fill in the cuts, stamps and cut tables from what follows the fixed part."""
     if n_cuts > MAX_CUTS:
         raise WireError(f"a plan has at most {MAX_CUTS} cuts, got {n_cuts}")
     n_values = 4 * (n_cuts + 1) + 3 * n_cuts if header.kind in _STAMPED else 0
     expected = _FIXED.size + 2 * n_cuts + 8 * n_values + _CRC.size
-    if len(data) != expected:
+    if late:
+        if header.kind is not Kind.INFER:
+            raise WireError(f"only an INFER carries cut tables, not a {header.kind.name}")
+        header.late = parse_tables(data[expected - _CRC.size : len(data) - _CRC.size])
+    elif len(data) != expected:
         raise WireError(f"header with {n_cuts} cuts is {expected} bytes, got {len(data)}")
     header.cuts = struct.unpack_from(f"<{n_cuts}H", data, _FIXED.size)
     if n_values:
