@@ -20,6 +20,7 @@ from agents.compare import BATTERY_WH, ArmRun, per_row, summarise
 from agents.controllers import ARMS
 from agents.provenance import provenance, without_folders
 from agents.runtime import Checkpoint
+from agents.scoring import N_NODES
 from env.conditions import BYTES_PER_S_PER_MBPS, mean_delay_s
 from env.predict import CostModel
 from env.scenario import Scenario
@@ -51,7 +52,7 @@ def compare(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     rates = _positive("--rates", args.rates, "fractions", "0.4,0.8", 100.0)
     name = model_label(args.model)
     directory = args.checkpoint or CHECKPOINTS / name
-    arms = _arms(args.arms, directory, console)
+    arms = _arms(args.arms, directory, scenario.n_nodes, console)
     if "oracle" in arms and args.backend == "testbed":
         raise ConfigError("arm oracle knows the future, which only --backend simulator can tell")
     checkpoint = Checkpoint.load(directory, name) if set(arms) & set(POLICY_ARMS) else None
@@ -252,14 +253,14 @@ def _positive(option: str, text: str | None, what: str, example: str, most: floa
     return values
 
 
-def _arms(text: str | None, directory: Path, console: Console) -> list[str]:
+def _arms(text: str | None, directory: Path, n_nodes: int, console: Console) -> list[str]:
     """The arms to run, `static` always among them: every arm is compared with it."""
     if text is None or text == "all":
         arms = [name for name in ARMS if name != "oracle" or text == "all"]
         if not (directory / "policy.npz").exists():
             console.print(f"no policy in {directory}: its arms are left out", markup=False)
             arms = [name for name in arms if name not in POLICY_ARMS]
-        return arms
+        return [name for name in arms if name != "policy-all" or n_nodes == N_NODES]
     arms = [name.strip() for name in text.split(",") if name.strip()]
     unknown = [name for name in arms if name not in ARMS]
     if unknown or not arms:

@@ -252,6 +252,13 @@ def _guarded(context: ArmContext) -> Controller:
     return PerRow("guarded", lambda: GuardedController(PolicyController(checkpoint)))
 
 
+def _policy_all(context: ArmContext) -> Controller:
+    from agents.cli import CHECKPOINTS
+    from agents.scoring import ScoringPolicy, scoring_controller
+
+    return scoring_controller(ScoringPolicy.load(CHECKPOINTS / "all"))
+
+
 ARMS: dict[str, Callable[[ArmContext], Controller]] = {
     "edge": _static("edge", edge_only),
     "fog": _static("fog", fog_only),
@@ -268,6 +275,7 @@ ARMS: dict[str, Callable[[ArmContext], Controller]] = {
     "policy-zeroed": _policy(True),
     "policy": _policy(False),
     "guarded": _guarded,
+    "policy-all": _policy_all,
     "oracle": _oracle,
 }
 

@@ -48,7 +48,7 @@ __all__ = ["main"]
 log = logging.getLogger("agents.deploy")  # also where it is __main__
 
 UNLIMITED_S = 7200.0
-CONTROLLERS = ("policy", "solver", "paper", "static", "edge", "fog", "cloud")
+CONTROLLERS = ("policy", "policy-all", "solver", "paper", "static", "edge", "fog", "cloud")
 
 
 def image_inputs(
@@ -97,10 +97,10 @@ def image_inputs(
 
 
 def make_controller(name: str, system: LiveSystem, checkpoint: Checkpoint | None) -> Controller:
-    """A controller by its command-line name; the policy comes guarded."""
+    """A controller by its command-line name; policies come guarded."""
     context = ArmContext(system.model, checkpoint)
     controller = make_arm(name, context)
-    return GuardedController(controller) if name == "policy" else controller
+    return GuardedController(controller) if name.startswith("policy") else controller
 
 
 @contextmanager

@@ -17,22 +17,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from agents.policy import ResidualSolverPolicy, export_arrays
-from agents.runtime import PolicyNetwork
+from agents.runtime import Actor, PolicyNetwork, ResidualActor
 from env.conditions import Conditions
 from env.cost import Cost
 from env.predict import CostModel
 from env.simulator import Simulator, Snapshot
-from env.state import Encoder, idle_probes
+from env.state import idle_probes
 from env.tape import Tape, record_conditions
 
 __all__ = [
     "HindsightSettings",
+    "Learner",
     "Lessons",
     "gather_lessons",
     "learn_from_hindsight",
@@ -60,7 +62,8 @@ class HindsightSettings:
             is held for the first, then the policy decides.
         discount: Of costs to come, per second.
         explore: Share of decisions taken at random among the best eight, so that moments differ.
-        epochs: Passes over all lessons so far, per round.
+        memory: Rounds whose lessons are remembered.
+        epochs: Passes over the lessons remembered, per round.
         batch_size: Lessons per gradient step.
         learning_rate: Adam's.
     """
@@ -73,6 +76,7 @@ class HindsightSettings:
     lookahead: int = 5
     discount: float = 0.95
     explore: float = 0.1
+    memory: int = 24
     epochs: int = 4
     batch_size: int = 512
     learning_rate: float = 1e-3
@@ -83,20 +87,18 @@ class Lessons:
     """R moments and what K plans would have cost at each.
 
     Attributes:
-        observations: [R, size].
-        plans: [R, K] indices of the plans tried.
-        advantages: [R, K] their costs less the moment's mean, in standard deviations of the
+        inputs: What `Actor.lesson` gives of the moments and plans, each [R, ...].
+        advantages: [R, K] the plans' costs less the moment's mean, in standard deviations of the
             environment's, so that overloaded environments do not drown the others.
     """
 
-    observations: F32
-    plans: I64
+    inputs: tuple[NDArray[Any], ...]
     advantages: F32
 
 
 def trial_costs(
     model: CostModel,
-    network: PolicyNetwork,
+    actor: Actor,
     tape: Tape,
     settings: HindsightSettings,
     snapshot: Snapshot,
@@ -108,7 +110,7 @@ def trial_costs(
 
     Args:
         model: Profile, scenario and candidate plans.
-        network: The policy.
+        actor: The policy.
         tape: The conditions, those to come included.
         settings: How far to go on.
         snapshot: B environments at the start of interval t.
@@ -119,7 +121,7 @@ def trial_costs(
     Returns:
         [B, K] discounted costs, the run-out of what is open in the end included.
     """
-    encoder, cost = Encoder(model), Cost(model.profile, model.references, model.scenario)
+    cost = Cost(model.profile, model.references, model.scenario)
     owner = np.repeat(np.arange(plans.shape[0]), plans.shape[1])
     conditions = tape.play(owner, t)
     simulator = Simulator(model, len(owner), 0, conditions=conditions)
@@ -128,8 +130,8 @@ def trial_costs(
     total, weight = np.zeros(len(owner)), 1.0
     for step in range(settings.lookahead):
         if step:
-            history = encoder.push(history, state)
-            action = network.logits(encoder.observe(history, state)).argmax(axis=1)
+            history = actor.encoder.push(history, state)
+            action = actor.logits(actor.observe(history, state)).argmax(axis=1)
         result = simulator.step(model.table.cuts[action], idle_probes(state, model.scenario))
         state = result.state
         total += weight * cost(result.record, simulator.n_ref)
@@ -156,7 +158,7 @@ def _candidates(order: I64, count: int, rng: np.random.Generator) -> I64:
 
 def gather_lessons(
     model: CostModel,
-    network: PolicyNetwork,
+    actor: Actor,
     rate_rps: F64,
     seed: int,
     settings: HindsightSettings,
@@ -165,7 +167,7 @@ def gather_lessons(
 
     Args:
         model: Profile, scenario and candidate plans.
-        network: The policy.
+        actor: The policy.
         rate_rps: [B] mean arrival rate of each environment.
         seed: Names the conditions and draws the plans tried.
         settings: How much.
@@ -174,19 +176,18 @@ def gather_lessons(
     batch = len(rate_rps)
     n_intervals = settings.intervals + settings.lookahead
     tape = record_conditions(Conditions(model.scenario, rate_rps, seed), n_intervals)
-    encoder, simulator = Encoder(model), Simulator(model, batch, 0, conditions=tape.play())
+    encoder, simulator = actor.encoder, Simulator(model, batch, 0, conditions=tape.play())
     state = simulator.reset()
     history = encoder.push(encoder.new_history(batch), state)
-    observations, tried, costs = [], [], []
+    inputs, costs = [], []
     for t in range(settings.intervals):
-        observation = encoder.observe(history, state)
-        order = (-network.logits(observation)).argsort(axis=1, kind="stable")
+        seen = actor.observe(history, state)
+        order = (-actor.logits(seen)).argsort(axis=1, kind="stable")
         if t % settings.every == settings.every - 1:
             plans = _candidates(order, settings.candidates, rng)
-            observations.append(observation)
-            tried.append(plans)
+            inputs.append(actor.lesson(seen, plans))
             snapshot = simulator.snapshot()
-            costs.append(trial_costs(model, network, tape, settings, snapshot, t, history, plans))
+            costs.append(trial_costs(model, actor, tape, settings, snapshot, t, history, plans))
         rank = rng.integers(0, min(8, order.shape[1]), batch)
         rank *= rng.random(batch) < settings.explore
         cuts = model.table.cuts[order[np.arange(batch), rank]]
@@ -197,10 +198,52 @@ def gather_lessons(
     advantage /= np.sqrt(np.mean(advantage**2, axis=(0, 2), keepdims=True)) + 1e-3
     flat = advantage.reshape(-1, advantage.shape[2])
     return Lessons(
-        observations=np.concatenate(observations),
-        plans=np.concatenate(tried),
+        inputs=tuple(np.concatenate(parts) for parts in zip(*inputs, strict=True)),
         advantages=np.clip(flat, -MAX_ADVANTAGE, MAX_ADVANTAGE).astype(np.float32),
     )
+
+
+class Learner:
+    """Learns from all lessons so far, a few passes after every round.
+
+    Args:
+        parameters: What is learned.
+        logits: (inputs of r lessons) -> [r, K] logits of the plans tried.
+        settings: How it is learned.
+        seed: Of the order of the lessons.
+    """
+
+    def __init__(
+        self,
+        parameters: list[torch.nn.Parameter],
+        logits: Callable[..., torch.Tensor],
+        settings: HindsightSettings,
+        seed: int,
+    ) -> None:
+        self._parameters, self._logits, self._settings = parameters, logits, settings
+        self._optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate, eps=1e-5)
+        self._shuffle = torch.Generator().manual_seed(seed)
+        self._lessons: list[Lessons] = []
+
+    def learn(self, lessons: Lessons) -> float:
+        """Add a round's lessons and pass over those remembered; returns the last loss."""
+        self._lessons = [*self._lessons, lessons][-self._settings.memory :]
+        inputs = [
+            torch.from_numpy(np.concatenate(parts))
+            for parts in zip(*(x.inputs for x in self._lessons), strict=True)
+        ]
+        advantages = torch.from_numpy(np.concatenate([x.advantages for x in self._lessons]))
+        loss = torch.zeros(())
+        for _ in range(self._settings.epochs):
+            order = torch.randperm(len(advantages), generator=self._shuffle)
+            for index in torch.split(order, self._settings.batch_size):
+                logits = self._logits(*(part[index] for part in inputs))
+                loss = (torch.softmax(logits, dim=1) * advantages[index]).sum(dim=1).mean()
+                self._optimizer.zero_grad()
+                torch.autograd.backward(loss)
+                torch.nn.utils.clip_grad_norm_(self._parameters, 0.5)
+                self._optimizer.step()
+        return float(loss.detach())
 
 
 def learn_from_hindsight(
@@ -224,44 +267,19 @@ def learn_from_hindsight(
     Returns:
         The last loss of each round.
     """
+
+    def logits(observations: torch.Tensor, plans: torch.Tensor) -> torch.Tensor:
+        latent = policy.mlp_extractor.forward_actor(observations)
+        every: torch.Tensor = policy.action_net(latent)
+        return every.gather(1, plans)
+
     rng = np.random.default_rng([seed, 4])
-    shuffle = torch.Generator().manual_seed(seed)
-    actor = policy.actor_parameters()
-    optimizer = torch.optim.Adam(actor, lr=settings.learning_rate, eps=1e-5)
-    lessons: list[Lessons] = []
+    learner = Learner(policy.actor_parameters(), logits, settings, seed)
     losses = []
     for done in range(1, settings.rounds + 1):
         rate = rng.uniform(*rates, settings.n_envs) * model.capacity_rps
-        network = PolicyNetwork(export_arrays(policy))
+        actor = ResidualActor(model, PolicyNetwork(export_arrays(policy)))
         draw = int(rng.integers(2**62))
-        lessons.append(gather_lessons(model, network, rate, draw, settings))
-        losses.append(_learn(policy, actor, optimizer, lessons, settings, shuffle))
+        losses.append(learner.learn(gather_lessons(model, actor, rate, draw, settings)))
         report(done)
     return losses
-
-
-def _learn(
-    policy: ResidualSolverPolicy,
-    actor: list[torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    lessons: list[Lessons],
-    settings: HindsightSettings,
-    shuffle: torch.Generator,
-) -> float:
-    """Pass over all lessons a few times; returns the last loss."""
-    observations, plans, advantages = (
-        torch.from_numpy(np.concatenate([getattr(x, name) for x in lessons]))
-        for name in ("observations", "plans", "advantages")
-    )
-    loss = torch.zeros(())
-    for _ in range(settings.epochs):
-        order = torch.randperm(len(plans), generator=shuffle)
-        for index in torch.split(order, settings.batch_size):
-            latent = policy.mlp_extractor.forward_actor(observations[index])
-            logits = policy.action_net(latent).gather(1, plans[index])
-            loss = (torch.softmax(logits, dim=1) * advantages[index]).sum(dim=1).mean()
-            optimizer.zero_grad()
-            torch.autograd.backward(loss)
-            torch.nn.utils.clip_grad_norm_(actor, 0.5)
-            optimizer.step()
-    return float(loss.detach())

@@ -7,10 +7,10 @@ import hashlib
 import io
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,16 @@ from executor.profile import Profile
 if TYPE_CHECKING:
     from env.system import StepResult
 
-__all__ = ["Checkpoint", "PolicyController", "PolicyNetwork", "metadata_text"]
+__all__ = [
+    "Actor",
+    "ActorController",
+    "Checkpoint",
+    "PolicyController",
+    "PolicyNetwork",
+    "ResidualActor",
+    "metadata_text",
+    "read_verified",
+]
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +127,7 @@ class Checkpoint:
             ConfigError: Missing, damaged, or made for another model or profile shape.
         """
         try:
-            metadata = _read_verified(directory)
+            metadata = read_verified(directory, ("policy.npz", "profile.json", "policy.zip"))
             profile = Profile.load(directory / "profile.json")
             with np.load(directory / "policy.npz", allow_pickle=False) as file:
                 arrays = {k: file[k] for k in ARRAYS}
@@ -165,8 +174,13 @@ def _metadata_digest(metadata: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
-def _read_verified(directory: Path) -> dict[str, Any]:
-    """Read metadata.json, and hold it and the files beside it against its digests."""
+def read_verified(directory: Path, names: tuple[str, ...]) -> dict[str, Any]:
+    """Read metadata.json, and hold it and the files beside it against its digests.
+
+    Raises:
+        ConfigError: One is damaged or was changed.
+        OSError: One cannot be read (a policy.zip may be missing: only further training needs it).
+    """
     path = directory / "metadata.json"
     try:
         metadata = json.loads(path.read_text())
@@ -178,11 +192,11 @@ def _read_verified(directory: Path) -> dict[str, Any]:
         return dict(metadata)
     if not isinstance(digests, dict):
         raise ConfigError(f"checkpoint file {path} is damaged: sha256 is no table")
-    for name in ("metadata.json", "policy.npz", "profile.json", "policy.zip"):
+    for name in ("metadata.json", *names):
         if name == "metadata.json":
             found = _metadata_digest(metadata)
         elif name == "policy.zip" and not (name in digests and (directory / name).exists()):
-            continue  # only further training needs it
+            continue
         else:
             found = hashlib.sha256((directory / name).read_bytes()).hexdigest()
         if found != digests.get(name):
@@ -193,44 +207,79 @@ def _read_verified(directory: Path) -> dict[str, Any]:
     return dict(metadata)
 
 
-class PolicyController:
-    """The deployed policy as a controller.
+class Actor(Protocol):
+    """A policy that decides for one system; what it observes is its own affair.
+
+    Attributes:
+        encoder: Keeps the history.
+    """
+
+    encoder: Encoder
+
+    def observe(self, history: F32, state: SystemState) -> Any:
+        """What the policy sees; `history` [B, HISTORY * features] already holds `state`."""
+        ...
+
+    def logits(self, seen: Any) -> F32:
+        """Logits of the candidate plans, [B, A]."""
+        ...
+
+    def lesson(self, seen: Any, plans: I64) -> tuple[NDArray[Any], ...]:
+        """What learning needs to know of the plans tried, [B, K] (`agents.hindsight`)."""
+        ...
+
+
+class ResidualActor:
+    """The policy of one model (`agents.policy`) as an `Actor`."""
+
+    def __init__(self, model: CostModel, network: PolicyNetwork) -> None:
+        self.encoder, self._network = Encoder(model), network
+
+    def observe(self, history: F32, state: SystemState) -> F32:
+        """The observation, [B, size]."""
+        return self.encoder.observe(history, state)
+
+    def logits(self, seen: F32) -> F32:
+        """Logits of the candidate plans, [B, A]."""
+        return self._network.logits(seen)
+
+    def lesson(self, seen: F32, plans: I64) -> tuple[F32, I64]:
+        """The observation and the plans."""
+        return seen, plans
+
+
+class ActorController:
+    """A policy as a controller.
 
     It was trained with states a fixed interval apart. Where decisions are closer together it sees,
     beside the newest state, those that lie so far apart.
 
     Args:
-        checkpoint: Weights and the profile they belong to.
-        zeroed: Leave the learned correction out.
+        name: The arm's name.
+        make: The policy for a system.
+        trained_s: The interval it was trained with; None for the system's own.
     """
 
-    def __init__(self, checkpoint: Checkpoint, zeroed: bool = False) -> None:
-        self.name = "policy-zeroed" if zeroed else "policy"
-        self.checkpoint = checkpoint
-        self.network = PolicyNetwork(checkpoint.arrays, zeroed)
+    def __init__(
+        self, name: str, make: Callable[[CostModel], Actor], trained_s: float | None = None
+    ) -> None:
+        self.name = name
+        self._make, self._trained_s = make, trained_s
 
     def reset(self, model: CostModel, batch: int) -> None:
         """Start with an empty history; `model` is the running system's."""
-        self.checkpoint.check_fits(model.profile)
-        self._model = model
         interval_s = model.scenario.interval_s
-        trained = self.checkpoint.metadata.get("scenario", {})
-        trained_s = float(trained.get("interval_s", interval_s))
+        trained_s = self._trained_s or interval_s
         known = model
         if trained_s != interval_s:
             scenario = model.scenario.replace(interval_s=trained_s)
             known = CostModel(model.profile, scenario, model.references)
-        self._encoder = Encoder(known)
+        self._model, self._actor = model, self._make(known)
         self._apart = max(1, round(trained_s / interval_s))
         self._past: collections.deque[F32] = collections.deque(
             maxlen=(HISTORY - 1) * self._apart + 1
         )
-        if model.plans != self.checkpoint.plans:
-            raise ConfigError(
-                f"the policy chooses among {len(self.checkpoint.plans)} plans, this scenario "
-                f"offers {len(model.plans)}; use the same `constrained` setting or train again"
-            )
-        self._history = self._encoder.new_history(batch)
+        self._history = self._actor.encoder.new_history(batch)
 
     def decide(self, state: SystemState, last: StepResult | None = None) -> Decision:
         """Of the plans that can be served, that of highest logit per environment."""
@@ -240,12 +289,13 @@ class PolicyController:
 
     def glance(self, state: SystemState) -> I64:
         """As `decide`, with the newest state replaced by this one; nothing is remembered."""
-        older = self._history[:, self._encoder.features :]
-        history = np.concatenate([self._encoder.encode_state(state), older], axis=1)
+        encoder = self._actor.encoder
+        older = self._history[:, encoder.features :]
+        history = np.concatenate([encoder.encode_state(state), older], axis=1)
         return self._best(history, state)
 
     def _best(self, history: F32, state: SystemState) -> I64:
-        logits = self.network.logits(self._encoder.observe(history, state))
+        logits = self._actor.logits(self._actor.observe(history, state))
         usable = self._model.usable(state)
         if usable is not None:
             logits = np.where(usable, logits, -np.inf)
@@ -254,10 +304,44 @@ class PolicyController:
 
     def _remember(self, state: SystemState) -> None:
         """Take a state in: the newest, and those before it at the interval of the training."""
+        encoder = self._actor.encoder
         if self._apart == 1:
-            self._history = self._encoder.push(self._history, state)
+            self._history = encoder.push(self._history, state)
             return
-        self._past.append(self._encoder.encode_state(state))
+        self._past.append(encoder.encode_state(state))
         seen = list(self._past)[:: -self._apart]
         missing = [np.zeros_like(seen[0])] * (HISTORY - len(seen))
         self._history = np.concatenate([*seen, *missing], axis=1)
+
+
+class PolicyController(ActorController):
+    """The deployed policy of one model as a controller.
+
+    Args:
+        checkpoint: Weights and the profile they belong to.
+        zeroed: Leave the learned correction out.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, zeroed: bool = False) -> None:
+        self.checkpoint = checkpoint
+        network = PolicyNetwork(checkpoint.arrays, zeroed)
+        trained = checkpoint.metadata.get("scenario", {}).get("interval_s")
+        super().__init__(
+            "policy-zeroed" if zeroed else "policy",
+            lambda model: ResidualActor(model, network),
+            float(trained) if trained else None,
+        )
+
+    def reset(self, model: CostModel, batch: int) -> None:
+        """Start with an empty history.
+
+        Raises:
+            ConfigError: The policy was trained for another model, or for other plans.
+        """
+        self.checkpoint.check_fits(model.profile)
+        if model.plans != self.checkpoint.plans:
+            raise ConfigError(
+                f"the policy chooses among {len(self.checkpoint.plans)} plans, this scenario "
+                f"offers {len(model.plans)}; use the same `constrained` setting or train again"
+            )
+        super().reset(model, batch)

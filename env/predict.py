@@ -25,7 +25,7 @@ from executor.profile import Profile
 if TYPE_CHECKING:
     from env.state import SystemState
 
-__all__ = ["CostModel", "PlanTable", "Prediction"]
+__all__ = ["CostModel", "PlanTable", "Prediction", "station_seconds"]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -33,6 +33,24 @@ Mask = NDArray[np.bool_]
 MAX_UTILISATION = np.float32(0.95)
 CACHED_NUMBERS = 32768
 LEAST_INTERVAL_S = 1.0
+
+
+def station_seconds(
+    node_load: F64, bytes_per_s: F64, node_backlog_s: F64, hop_backlog_bytes: F64
+) -> tuple[F32, F32]:
+    """Seconds that a unit of demand takes at each station, and those until its queue is empty.
+
+    Both [S, B, 1]; stations in the order of `CostModel.demand`, the rest as in `SystemState`.
+    """
+    n_stations = node_load.shape[1] + bytes_per_s.shape[1]
+    unit_s = np.empty((n_stations, len(node_load), 1), dtype=np.float32)
+    unit_s[0::2, :, 0] = (1.0 / (1.0 - node_load)).T
+    unit_s[1::2, :, 0] = (1.0 / bytes_per_s).T
+    backlog_s = np.empty_like(unit_s)
+    backlog_s[0::2, :, 0] = node_backlog_s.T
+    backlog_s[1::2, :, 0] = hop_backlog_bytes.T
+    backlog_s *= unit_s
+    return unit_s, backlog_s
 
 
 class PlanTable:
@@ -78,6 +96,12 @@ class CostModel:
         horizon_intervals: How far ahead queues are looked at, in intervals (of a second at least:
             who decides more often pays for a queue all the same).
         direct: The nodes' direct links, from node -> to node (`executor.plan.find_route`).
+
+    Attributes:
+        demand: [S, 1, A] what each plan asks of each station (node 0, hop 0, node 1, ...: as
+            requests meet them): unloaded seconds, or bytes.
+        used: [S, 1, A] 1.0 where it asks anything.
+        active_cost: [A] cost of the energy it takes to compute a request.
     """
 
     def __init__(
@@ -115,8 +139,8 @@ class CostModel:
         frame_s = np.array([h.frame_overhead_s for h in profile.hops])
         fixed[1::2, 0] = frame_s[:, None] * table.crossed.T
         # A floor of 1 ns keeps every division below finite where a station is not used.
-        self._demand, self._fixed = demand, np.maximum(fixed, np.float32(1e-9))
-        self._used = (demand > 0).astype(np.float32)
+        self.demand, self._fixed = demand, np.maximum(fixed, np.float32(1e-9))
+        self.used = (demand > 0).astype(np.float32)
         self._crossed = np.ascontiguousarray(table.crossed.T, dtype=np.float32)
         self._reply_bytes = np.float32(profile.spec.cut_bytes[-1])
         powers = [n.power for n in profile.nodes]
@@ -125,10 +149,10 @@ class CostModel:
         other = w.total_energy / ref.edge_j  # and elsewhere
         joule = np.array([edge] + [other] * (profile.n_nodes - 1))
         watts = joule * [p.compute_w for p in powers]
-        self._active_cost = (table.work_s @ watts).astype(np.float32)
-        self._transmit_cost = [
-            np.float32(c * p.transmit_w) for c, p in zip(joule, powers[:-1], strict=False)
-        ]
+        self.active_cost = (table.work_s @ watts).astype(np.float32)
+        radio = np.array([c * p.transmit_w for c, p in zip(joule, powers[:-1], strict=False)])
+        self._transmit_cost = (radio[:, None] * demand[1::2, 0]).astype(np.float32)
+        self._fixed_cost = self.active_cost + (radio @ self._fixed[1::2, 0]).astype(np.float32)
         self._idle_cost = np.float32(edge * powers[0].idle_w)
         self._latency_cost = np.float32(w.latency / ref.latency_s)
         self._lost_cost = np.float32(ref.lost_cost)
@@ -139,7 +163,7 @@ class CostModel:
         """Capacity of the best static plan at the scenario's usual conditions, requests/s."""
         speed = np.array([1.0 - process_mean(n.load, "load") for n in self.scenario.nodes])
         rate = np.array([typical_mbps(h.bandwidth) for h in self.scenario.hops])
-        seconds = np.empty((len(self.plans), len(self._demand)))
+        seconds = np.empty((len(self.plans), len(self.demand)))
         seconds[:, 0::2] = self.table.work_s / speed
         seconds[:, 1::2] = self.table.hop_bytes / (rate * BYTES_PER_S_PER_MBPS)
         return float(1.0 / seconds.max(axis=1).min())
@@ -198,16 +222,10 @@ class CostModel:
         """Cost and latency, [b, A], of one piece of a batch."""
         horizon = np.float32(self.horizon_s)
         rate = np.maximum(bytes_per_s, 1.0)
-        unit_s = np.empty((len(self._demand), len(rate), 1), dtype=np.float32)
-        unit_s[0::2, :, 0] = (1.0 / (1.0 - node_load)).T
-        unit_s[1::2, :, 0] = (1.0 / rate).T
-        backlog_s = np.empty_like(unit_s)
-        backlog_s[0::2, :, 0] = node_backlog_s.T
-        backlog_s[1::2, :, 0] = hop_backlog_bytes.T
-        backlog_s *= unit_s
+        unit_s, backlog_s = station_seconds(node_load, rate, node_backlog_s, hop_backlog_bytes)
         arrival = np.maximum(arrival_rps, 1e-3).astype(np.float32)
 
-        service_s = self._demand * unit_s  # [S, b, A]
+        service_s = self.demand * unit_s  # [S, b, A]
         service_s += self._fixed
         # What a station and those before it let through (numpy's accumulate is not vectorised).
         through = service_s.copy()
@@ -224,7 +242,7 @@ class CostModel:
         end_s += backlog_s
         emptied = (backlog_s * backlog_s * (-0.5 / horizon)) / np.minimum(drift, -1e-6)
         wait_s = np.where(end_s > 0.0, 0.5 * (end_s + backlog_s), emptied)
-        wait_s *= self._used
+        wait_s *= self.used
         wait_s += service_s
 
         busy = np.minimum(arrival / most_rps, MAX_UTILISATION)
@@ -234,11 +252,9 @@ class CostModel:
         stationary_s = busy / (most_rps * (2.0 - 2.0 * busy))
         latency_s += np.minimum(stationary_s, 0.53 * np.sqrt(arrival * horizon) / most_rps)
         back_s = (rtt_s + self._reply_bytes / rate).astype(np.float32)
-        cost = np.zeros_like(latency_s)
-        for h, crossed in enumerate(self._crossed):
-            latency_s += back_s[:, h : h + 1] * crossed
-            cost += service_s[2 * h + 1] * self._transmit_cost[h]
-        cost += self._active_cost
+        latency_s += back_s @ self._crossed
+        cost = unit_s[1::2, :, 0].T @ self._transmit_cost  # of the bytes, and then of what is fixed
+        cost += self._fixed_cost
         cost += latency_s * self._latency_cost
         union_s = -np.expm1(latency_s * -arrival) / arrival
         cost += union_s * self._idle_cost

@@ -92,19 +92,27 @@ class Process:
         if self.kind == "generator":
             self._become(generator(self.name))
 
+    def scaled(self, factor: float) -> Process:
+        """The same with all its values multiplied."""
+        if self.kind == "trace":
+            return dataclasses.replace(self, scale=self.scale * factor)
+        return dataclasses.replace(
+            self,
+            levels=tuple(factor * level for level in self.levels),
+            sigma=self.sigma if self.log else factor * self.sigma,
+            outage_value=factor * self.outage_value,
+            minimum=factor * self.minimum,
+            maximum=factor * self.maximum,
+        )
+
     def _become(self, parameters: dict[str, Any]) -> None:
         """Take on a generator's parameters, scaled."""
-        for name, value in parameters.items():
-            if isinstance(value, list):
-                object.__setattr__(self, name, tuple(self.scale * v for v in value))
-            elif name in ("minimum", "maximum", "outage_value") or (
-                name == "sigma" and not parameters.get("log", True)
-            ):
-                object.__setattr__(self, name, self.scale * value)
-            else:
-                object.__setattr__(self, name, value)
-        object.__setattr__(self, "kind", "markov")
-        object.__setattr__(self, "scale", 1.0)
+        values: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in parameters.items()
+        }
+        as_fitted = Process(**{**values, "kind": "markov"})
+        for name, value in vars(as_fitted.scaled(self.scale)).items():
+            object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True)

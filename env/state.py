@@ -87,31 +87,50 @@ class Encoder:
         self.model = model
         profile, scenario = model.profile, model.scenario
         n_hops, n_nodes = len(profile.hops), profile.n_nodes
-        self.features = 5 * n_hops + 2 * n_nodes + 3
+        # One row of factors per quantity: gain x log(value x factor + shift), or value x factor.
+        rows = [
+            (n_hops, True, 0.5, 1.0 / RATE_REF_BYTES_PER_S, 0.0, -4.0, 4.0),
+            (n_hops, True, 0.3, 1.0, 1.0, -4.0, 4.0),
+            (n_hops, True, 0.5, 1.0 / RTT_REF_S, 0.0, 0.5 * np.log(1e-4 / RTT_REF_S), 4.0),
+            (n_nodes, False, 1.0, 1.0, 0.0, -4.0, 4.0),
+            (n_nodes, True, 1.0, 1.0 / scenario.interval_s, 1.0, -4.0, 4.0),
+            (n_hops, True, 1.0, 1.0 / scenario.interval_s, 1.0, -4.0, 4.0),
+            (1, True, 1.0, model.references.latency_s, 0.0, -4.0, 4.0),
+            (1, False, 1.0, 1.0 / scenario.max_in_flight, 0.0, -4.0, 4.0),
+            (n_hops, False, 1.0, 1.0 / profile.spec.n_units, 0.0, -4.0, 4.0),
+            (1, True, 1.0, 1.0, 0.0, np.log(0.05), np.log(20.0)),
+        ]
+        wide = np.array([row[1:] for row in rows for _ in range(row[0])]).T
+        self._logged = wide[0] > 0
+        self._gain, self._factor, self._shift, self._low, self._high = wide[1:]
+        self.features = wide.shape[1]
         self.size = HISTORY * self.features + 1 + len(model.plans)
-        self._interval_s = scenario.interval_s
-        self._inverse_n = 1.0 / profile.spec.n_units
-        self._edge_latency_s = model.references.latency_s
-        self._max_in_flight = float(scenario.max_in_flight)
 
     def encode_state(self, state: SystemState) -> F32:
         """One state's features, shape [B, features]."""
-        rate = np.maximum(state.bytes_per_s, 1.0)
-        columns = [
-            0.5 * np.log(rate / RATE_REF_BYTES_PER_S),
-            0.3 * np.log1p(state.bandwidth_age_s),
-            0.5 * np.log(np.maximum(state.rtt_s, 1e-4) / RTT_REF_S),
-            state.node_load,
-            np.log1p(state.node_backlog_s / self._interval_s),
-            np.log1p(state.hop_backlog_bytes / rate / self._interval_s),
-            np.log(np.maximum(state.arrival_rps, 1e-3) * self._edge_latency_s)[:, None],
-            (state.in_flight / self._max_in_flight)[:, None],
-            state.cuts * self._inverse_n,
-            np.log(np.clip(state.latency_ratio, 0.05, 20.0))[:, None],
-        ]
-        features = np.concatenate(columns, axis=1)
-        clipped: F32 = np.clip(features, -4.0, 4.0).astype(np.float32)
-        return clipped
+        values = np.concatenate(
+            [
+                state.bytes_per_s,
+                state.bandwidth_age_s,
+                state.rtt_s,
+                state.node_load,
+                state.node_backlog_s,
+                state.hop_backlog_bytes / np.maximum(state.bytes_per_s, 1.0),
+                state.arrival_rps[:, None],
+                state.in_flight[:, None],
+                state.cuts,
+                state.latency_ratio[:, None],
+            ],
+            axis=1,
+        )
+        values *= self._factor
+        values += self._shift
+        np.log(np.maximum(values, 1e-9), out=values, where=self._logged)
+        values *= self._gain
+        np.maximum(values, self._low, out=values)
+        np.minimum(values, self._high, out=values)
+        features: F32 = values.astype(np.float32)
+        return features
 
     def new_history(self, batch: int) -> F32:
         """An empty history, shape [B, HISTORY * features]."""

@@ -15,7 +15,7 @@ from agents.hindsight import (
     trial_costs,
 )
 from agents.policy import ResidualSolverPolicy, export_arrays, policy_kwargs
-from agents.runtime import PolicyController, PolicyNetwork
+from agents.runtime import PolicyController, PolicyNetwork, ResidualActor
 from agents.training import mean_cost, to_checkpoint
 from env.conditions import Conditions
 from env.cost import Cost
@@ -54,6 +54,7 @@ def new_policy(model: CostModel) -> ResidualSolverPolicy:
 def test_a_trial_costs_what_living_it_costs(model: CostModel) -> None:
     """Branching at interval t equals a run from the start that takes the plan there."""
     network = PolicyNetwork(export_arrays(new_policy(model)))
+    actor = ResidualActor(model, network)
     rates = np.array([0.5, 1.1]) * model.capacity_rps
     t, tried = 4, np.array([[0, 30, 44], [7, 12, 3]])
     tape = record_conditions(Conditions(model.scenario, rates, 5), t + SMALL.lookahead)
@@ -82,20 +83,20 @@ def test_a_trial_costs_what_living_it_costs(model: CostModel) -> None:
         return simulator, history, spent
 
     simulator, history, _ = live(None)
-    costs = trial_costs(model, network, tape, SMALL, simulator.snapshot(), t, history, tried)
+    costs = trial_costs(model, actor, tape, SMALL, simulator.snapshot(), t, history, tried)
     for k in range(tried.shape[1]):
         assert np.allclose(costs[:, k], live(tried[:, k])[2], rtol=1e-9)
     assert np.ptp(costs, axis=1).min() > 0.01, "other plans must cost something else"
 
 
 def test_lessons_are_centred_distinct_and_repeatable(model: CostModel) -> None:
-    network = PolicyNetwork(export_arrays(new_policy(model)))
+    actor = ResidualActor(model, PolicyNetwork(export_arrays(new_policy(model))))
     rates = np.full(SMALL.n_envs, 0.8) * model.capacity_rps
-    a, b = (gather_lessons(model, network, rates, 3, SMALL) for _ in range(2))
-    assert a.plans.shape == (24, 6) and a.observations.shape[0] == 24
-    assert all(len(set(row)) == 6 for row in a.plans.tolist())
+    a, b = (gather_lessons(model, actor, rates, 3, SMALL) for _ in range(2))
+    assert a.inputs[1].shape == (24, 6) and a.inputs[0].shape[0] == 24
+    assert all(len(set(row)) == 6 for row in a.inputs[1].tolist())
     assert np.allclose(a.advantages.mean(axis=1), 0.0, atol=1e-5)
-    assert np.array_equal(a.plans, b.plans) and np.array_equal(a.advantages, b.advantages)
+    assert np.array_equal(a.inputs[1], b.inputs[1]) and np.array_equal(a.advantages, b.advantages)
 
 
 def test_learning_recovers_from_a_bad_start(model: CostModel) -> None:

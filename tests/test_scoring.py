@@ -1,0 +1,175 @@
+"""One policy for all models: what it sees, numpy against torch, and that lessons teach it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from agents.controllers import Solver
+from agents.hindsight import HindsightSettings
+from agents.scoring import PlanEncoder, ScoringActor, ScoringPolicy, scoring_controller
+from agents.scoring_training import Scorer, ScoringSettings, scaled, train_for_all, with_bandwidth
+from agents.training import mean_cost
+from env.conditions import process_mean
+from env.predict import CostModel
+from env.scenario import Scenario
+from env.simulator import Simulator
+from env.state import Encoder, SystemState
+from env.synthetic import synthetic_profile
+from executor.errors import ConfigError
+from executor.model import model_spec
+
+SMALL = ScoringSettings(
+    hindsight=HindsightSettings(
+        rounds=4, n_envs=12, intervals=9, every=3, candidates=6, lookahead=2, batch_size=16
+    ),
+    width=8,
+    validate_every=2,
+    validation_envs=4,
+    validation_intervals=10,
+)
+
+
+def make_model(name: str = "alexnet") -> CostModel:
+    torch.set_num_threads(1)
+    scenario = Scenario.load().replace(episode_s=30.0)
+    return CostModel(synthetic_profile(model_spec(name), scenario), scenario)
+
+
+@pytest.fixture(scope="module")
+def model() -> CostModel:
+    return make_model()
+
+
+def states(model: CostModel, batch: int, steps: int = 10) -> tuple[np.ndarray, SystemState]:
+    """A busy system's history and state: random plans at twice what it can serve."""
+    simulator = Simulator(model, batch, 3, rate_rps=2.0 * model.capacity_rps)
+    encoder, rng = Encoder(model), np.random.default_rng(0)
+    state = simulator.reset()
+    history = encoder.push(encoder.new_history(batch), state)
+    for _ in range(steps):
+        state = simulator.step(model.table.cuts[rng.integers(len(model.plans), size=batch)]).state
+        history = encoder.push(history, state)
+    return history, state
+
+
+def moved_scorer(model: CostModel) -> Scorer:
+    """A network whose last layer is not zero."""
+    torch.manual_seed(1)
+    encoder = PlanEncoder(model)
+    scorer = Scorer(encoder.view_size, encoder.n_plan_features, 8, 0.05)
+    torch.nn.init.normal_(scorer.score.weight, std=0.5)
+    return scorer
+
+
+@pytest.mark.parametrize("name", ["alexnet", "mobilenet_v2"])
+def test_numpy_scores_as_torch_does(name: str) -> None:
+    model = make_model(name)
+    scorer, (history, state) = moved_scorer(model), states(model, 40)
+    actor = ScoringActor(model, scorer.arrays())
+    seen = actor.observe(history, state)
+    every = np.tile(np.arange(len(model.plans)), (40, 1))
+    with torch.no_grad():
+        expected = scorer(*(torch.from_numpy(x) for x in actor.lesson(seen, every))).numpy()
+    assert np.ptp(expected + seen.excess / 0.05) > 0.1, "the score must matter here"
+    assert np.allclose(actor.logits(seen), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_untrained_it_is_the_solver(model: CostModel) -> None:
+    encoder = PlanEncoder(model)
+    scorer = Scorer(encoder.view_size, encoder.n_plan_features, 8, 0.05)
+    controller = scoring_controller(ScoringPolicy(scorer.arrays(), {}))
+    costs = []
+    for arm in (controller, Solver()):
+        simulator = Simulator(model, 8, 5, rate_rps=0.8 * model.capacity_rps)
+        costs.append(mean_cost(arm, simulator, 5, 20))
+    assert np.array_equal(costs[0], costs[1])
+
+
+def test_features_are_finite_and_say_what_they_claim(model: CostModel) -> None:
+    history, state = states(model, 16)
+    seen = PlanEncoder(model).observe(history, state)
+    assert np.isfinite(seen.view).all() and np.isfinite(seen.plans).all()
+    n_stations, current = 5, seen.plans[-3]
+    cuts = model.table.cuts
+    for b in range(16):
+        same = (cuts == state.cuts[b]).all(axis=1)
+        assert np.array_equal(current[b], same.astype(np.float32))
+    utilisation = np.expm1(seen.plans[:n_stations])
+    edge_only = int(np.flatnonzero((cuts == model.profile.spec.n_units).all(axis=1))[0])
+    expected = state.arrival_rps * model.table.work_s[edge_only, 0] / (1 - state.node_load[:, 0])
+    assert np.allclose(utilisation[0, :, edge_only], expected, rtol=1e-4)
+    assert np.allclose(utilisation[1:, :, edge_only], 0.0), "edge-only uses nothing else"
+
+
+def test_one_row_alone_is_scored_as_in_a_batch(model: CostModel) -> None:
+    history, state = states(model, 6)
+    actor = ScoringActor(model, moved_scorer(model).arrays())
+    together = actor.logits(actor.observe(history, state))
+    for b in range(6):
+        fields = {k: v[b : b + 1] for k, v in vars(state).items()}
+        alone = actor.logits(actor.observe(history[b : b + 1], SystemState(**fields)))
+        assert np.allclose(alone[0], together[b], rtol=1e-4, atol=1e-4)
+
+
+def test_lessons_from_two_models_teach_one_policy() -> None:
+    models = [make_model("alexnet"), make_model("mobilenet_v2")]
+    done: list[int] = []
+    policy = train_for_all(
+        [m.profile for m in models],
+        [models[0].scenario],
+        models,
+        SMALL,
+        lambda i, total, ratio: done.append(i),
+    )
+    assert done == [1, 2, 3, 4]
+    assert [d for d, _ in policy.metadata["validation_cost_ratio_to_solver"]] == [2, 4]
+    assert np.abs(policy.arrays["w3"]).max() > 0, "nothing was learned"
+    again = train_for_all([m.profile for m in models], [models[0].scenario], models, SMALL)
+    assert all(np.array_equal(policy.arrays[k], again.arrays[k]) for k in policy.arrays)
+
+
+def test_a_node_can_be_made_slower(model: CostModel) -> None:
+    slower = scaled(model.profile, [2.0, 1.0, 0.5])
+    ratio = slower.work_prefix_s()[:, -1] / model.profile.work_prefix_s()[:, -1]
+    assert np.allclose(ratio, [2.0, 1.0, 0.5])
+
+
+@pytest.mark.parametrize("name", [None, "lte"])
+def test_a_hop_can_be_made_faster(name: str | None) -> None:
+    scenario = Scenario.load(name)
+    faster = with_bandwidth(scenario, [0.5, 2.0])
+    for before, after, factor in zip(scenario.hops, faster.hops, (0.5, 2.0), strict=True):
+        assert np.isclose(process_mean(after.bandwidth), factor * process_mean(before.bandwidth))
+        assert np.isclose(after.bandwidth.maximum, factor * before.bandwidth.maximum)
+
+
+def test_it_is_saved_and_read_back(model: CostModel, tmp_path: Path) -> None:
+    arrays = moved_scorer(model).arrays()
+    ScoringPolicy(arrays, {"models": ["alexnet"]}).save(tmp_path)
+    read = ScoringPolicy.load(tmp_path)
+    assert read.metadata["models"] == ["alexnet"]
+    assert all(np.array_equal(arrays[k], read.arrays[k]) for k in arrays)
+
+
+def test_a_damaged_or_missing_policy_is_named(model: CostModel, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="train_all"):
+        ScoringPolicy.load(tmp_path / "none")
+    ScoringPolicy(moved_scorer(model).arrays(), {}).save(tmp_path)
+    data = bytearray((tmp_path / "policy.npz").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "policy.npz").write_bytes(data)
+    with pytest.raises(ConfigError, match=r"policy\.npz is damaged"):
+        ScoringPolicy.load(tmp_path)
+
+
+def test_a_chain_of_two_nodes_is_refused() -> None:
+    base = Scenario.load()
+    scenario = replace(base, nodes=base.nodes[:2], hops=base.hops[:1])
+    two = CostModel(synthetic_profile(model_spec("alexnet"), scenario), scenario)
+    with pytest.raises(ConfigError, match="3 nodes, not 2"):
+        PlanEncoder(two)
