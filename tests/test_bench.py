@@ -129,6 +129,7 @@ def test_an_echo_is_the_tensor_and_is_copied_once():
     case = echo_case(4096)
     x = case.inputs[0]
     y = case.chain.run(x, 0, 1)
+    assert case.is_right(0, y) and not case.is_right(1, y) and not case.is_right(0, y[:, 1:])
     assert torch.equal(x, y) and y.data_ptr() != x.data_ptr()
     assert len(case.chain.taken_s) == 1 and case.crossing_bytes() == ((4096,) * 3, 4096)
 
