@@ -20,6 +20,8 @@ from agents.controllers import ArmContext, Controller, Decision, make_arm
 from agents.oracle import PlanSequence, search
 from agents.runtime import Checkpoint
 from env.changing import Changing
+from env.conditions import ConditionsSource
+from env.grid import GridConditions
 from env.live import LiveSystem
 from env.predict import CostModel
 from env.scenario import Scenario
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["Cell", "make_testbed_system"]
 
 DEFAULT_STARTUP_S = 20.0
+TIMED_INTERVALS = 200
 LEAST_CHANGES = 3  # of the conditions, in an episode where they change at a set pace
 
 
@@ -78,7 +81,9 @@ class Cell:
         self.startup = self._startup()
         length = self.startup + self.n_intervals
         tried = len(model.plans) if "best-static" in arms else 0
-        timed = 0 if self._live else length * len(set(arms) - {"oracle"})
+        self._timed = min(self.n_intervals, TIMED_INTERVALS)
+        timed = (self.startup + self._timed) * len(set(arms) - {"oracle"})
+        timed = 0 if self._live else timed
         runs_per_arm = args.seeds * args.repeats if self._live else 1
         self._bar = bar
         self._task = bar.add_task(
@@ -91,10 +96,13 @@ class Cell:
         self._bar.advance(self._task)
 
     def _simulator(self, batch: int) -> Simulator:
-        model, seed, conditions = self.model, self.args.first_seed, None
+        model, seed = self.model, self.args.first_seed
+        conditions: ConditionsSource | None = None
         if self._change_every_s is not None:
             rate_rps = np.full(batch, model.rate_rps())
             conditions = Changing(model.scenario, rate_rps, seed, self._change_every_s)
+        elif self.args.interval_s is not None:
+            conditions = GridConditions(model.scenario, np.full(batch, model.rate_rps()), seed)
         return Simulator(model, batch, seed, record_requests=True, conditions=conditions)
 
     def conditions(self) -> Tape:
@@ -137,7 +145,7 @@ class Cell:
                 continue
             # One decision for one environment, not a batch's share.
             controller = make_arm(name, ArmContext(self.model, self.checkpoint, self._any_plan))
-            timed = self._run(single, controller, seed)
+            timed = self._run(single, controller, seed, n_intervals=self._timed)
             self.decide_us[name] = 1e6 * float(np.mean(timed.decide_s))
 
     def _on_testbed(self) -> None:
@@ -160,12 +168,13 @@ class Cell:
         controller: Controller,
         seed: int,
         decisions: list[Decision] | None = None,
+        n_intervals: int | None = None,
     ) -> ArmRun:
         return run_arm(
             system,
             controller,
             seed=seed,
-            n_intervals=self.n_intervals,
+            n_intervals=n_intervals or self.n_intervals,
             startup=self.startup,
             on_interval=self._advance,
             on_decision=(lambda decision: None) if decisions is None else decisions.append,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from rich.console import Console
 from agents import cells
 from agents.cells import Cell
 from agents.cli import CHECKPOINTS, progress
-from agents.compare import BATTERY_WH, ArmRun, summarise
+from agents.compare import BATTERY_WH, ArmRun, per_row, summarise
 from agents.controllers import ARMS
 from agents.provenance import provenance, without_folders
 from agents.runtime import Checkpoint
@@ -45,7 +46,7 @@ def compare(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """
     if args.startup_s is not None and not args.startup_s >= 0:
         raise ConfigError(f"--startup-s must be >= 0, got {args.startup_s}")
-    conditions = _conditions(args)
+    conditions = [replace(c, scenario=_at_cadence(args, c.scenario)) for c in _conditions(args)]
     scenario = conditions[0].scenario
     rates = _positive("--rates", args.rates, "fractions", "0.4,0.8", 100.0)
     name = model_label(args.model)
@@ -82,6 +83,7 @@ def compare(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "seeds": args.seeds,
         "repeats": args.repeats if args.backend == "testbed" else 1,
         "interval_s": scenario.interval_s,
+        "late_binding": scenario.late_binding,
         "hops": ", ".join(dict.fromkeys(hop_class(c.scenario) for c in conditions)),
         "intervals": done[0].n_intervals,
         "meters": {
@@ -155,6 +157,10 @@ def _pooled(parts: list[Cell]) -> dict[str, Any]:
         "rate_rps": float(np.mean([p.model.rate_rps() for p in parts])),
         "startup_s": max(p.startup * p.model.scenario.interval_s for p in parts),
         "overrun_share": overruns,
+        "cost_rows": {
+            name: [x for p in parts for x in per_row(p.runs[name], p.model)["cost"].tolist()]
+            for name in names
+        },
         "arms": summarise(
             {name: ArmRun.stack([p.runs[name] for p in parts]) for name in names},
             parts[0].model,
@@ -224,6 +230,13 @@ def _conditions(args: argparse.Namespace) -> list[Condition]:
                 )
     labels = [Path(str(name)).stem for name in names]
     return [Condition(n, n, s) for n, s in zip(labels, scenarios, strict=True)]
+
+
+def _at_cadence(args: argparse.Namespace, scenario: Scenario) -> Scenario:
+    """The scenario with the interval and the late binding that were asked for."""
+    if args.interval_s is not None:
+        scenario = scenario.replace(interval_s=args.interval_s)
+    return scenario.replace(late_binding=True) if args.late_binding else scenario
 
 
 def _positive(option: str, text: str | None, what: str, example: str, most: float) -> list[float]:

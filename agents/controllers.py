@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ __all__ = [
     "ArmContext",
     "Controller",
     "Decision",
+    "Glancing",
     "Solver",
     "Static",
     "cloud_only",
@@ -66,6 +67,15 @@ class Controller(Protocol):
 
     def decide(self, state: SystemState, last: StepResult | None = None) -> Decision:
         """The plans for the coming interval; `last` is what the one before returned, if any."""
+        ...
+
+
+@runtime_checkable
+class Glancing(Protocol):
+    """A controller that can also be asked between its decisions, for a single request."""
+
+    def glance(self, state: SystemState) -> I64:
+        """The plans [B, H] for a request in this state; changes nothing."""
         ...
 
 
@@ -140,11 +150,15 @@ class Solver:
 
     def decide(self, state: SystemState, last: StepResult | None = None) -> Decision:
         """The cheapest candidate per environment."""
+        return Decision(self.glance(state), idle_probes(state, self._model.scenario))
+
+    def glance(self, state: SystemState) -> I64:
+        """The cheapest candidate per environment."""
         cost, usable = self._model.predict(state).cost, self._model.usable(state)
         if usable is not None:
             cost = np.where(usable, cost, np.inf)
-        best = cost.argmin(axis=1)
-        return Decision(self._model.table.cuts[best], idle_probes(state, self._model.scenario))
+        best: I64 = self._model.table.cuts[cost.argmin(axis=1)]
+        return best
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from rich.live import Live
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from agents.cli import CHECKPOINTS, MODEL_HELP, Parser, model_argument, positive_float, run_command
-from agents.controllers import ArmContext, Controller, Decision, make_arm
+from agents.controllers import ArmContext, Controller, Decision, Glancing, make_arm
 from agents.dashboard import DEFAULT_PORT, dashboard_routes
 from agents.display import live_line, live_table, summary_table
 from agents.guard import GuardedController
@@ -110,6 +110,10 @@ def open_system(args: Any, checkpoint: Checkpoint | None) -> Iterator[LiveSystem
     scenario = Scenario.load(args.scenario).replace(episode_s=args.duration or UNLIMITED_S)
     if args.rate:
         scenario = scenario.replace(rate_rps=args.rate)
+    if args.interval:
+        scenario = scenario.replace(interval_s=args.interval)
+    if args.late_binding:
+        scenario = scenario.replace(late_binding=True)
     source = (
         None
         if args.source == "random"
@@ -134,6 +138,19 @@ def _parser() -> Parser:
     parser.add_argument("--source", default="random", help="`random` or a folder of images")
     parser.add_argument("--rate", type=positive_float, help="mean requests/s (default: scenario's)")
     parser.add_argument("--duration", type=positive_float, help="seconds (default: until Ctrl-C)")
+    parser.add_argument(
+        "--interval", type=positive_float, help="seconds between decisions (default: scenario's)"
+    )
+    parser.add_argument(
+        "--per-request",
+        action="store_true",
+        help="policy and solver: decide again for each request, from the state as it is submitted",
+    )
+    parser.add_argument(
+        "--late-binding",
+        action="store_true",
+        help="let the fog pick its cut when a request's turn comes (docs/cadence.md)",
+    )
     parser.add_argument("--json", type=Path, help="write the summary here")
     parser.add_argument("--scenario", type=Path, help="scenario file (default: the shipped one)")
     parser.add_argument("--checkpoint", type=Path, help="default: checkpoints/MODEL")
@@ -173,6 +190,10 @@ def _deploy(args: argparse.Namespace) -> int:
     console = Console()
     name = model_label(args.model)
     log_dir = args.runs / f"deploy-{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if args.per_request and args.controller not in ("policy", "solver"):
+        raise ConfigError(
+            f"--per-request needs --controller policy or solver, got {args.controller}"
+        )
     checkpoint = None
     if args.controller == "policy" or args.checkpoint:
         checkpoint = Checkpoint.load(args.checkpoint or CHECKPOINTS / name, name)
@@ -182,6 +203,9 @@ def _deploy(args: argparse.Namespace) -> int:
         with console.status("starting and profiling the nodes") as status:
             system = stack.enter_context(open_system(args, checkpoint))
             controller = make_controller(args.controller, system, checkpoint)
+            if args.per_request:
+                assert isinstance(controller, Glancing)
+                system.glance = controller.glance
             session = Session(system, controller, telemetry)
             status.stop()
         log.info("serving", extra={"model": args.model, "controller": controller.name})

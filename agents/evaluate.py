@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
+from agents.cadence import cadence_table, parse_intervals, run_each
 from agents.cli import MODEL_HELP, Parser, model_argument, positive_int, run_command
 from agents.comparison import compare
 from agents.controllers import ARMS
@@ -56,6 +57,10 @@ def _main(args: argparse.Namespace) -> int:
     elif args.model is None:
         raise ConfigError("give --model NAME, or --from-json FILE of an earlier run")
     else:
+        intervals = parse_intervals(args.interval)
+        if len(intervals) > 1:
+            return _main_each(args, intervals, console)
+        args.interval_s = intervals[0] if intervals else None
         result = compare(args, console)
     _show(result, console)
     if args.json is not None:
@@ -65,6 +70,18 @@ def _main(args: argparse.Namespace) -> int:
     if args.report is not None:
         page = write_report(result, args.report, args.reference)
         console.print(f"report: {page}", markup=False, highlight=False)
+    return 0
+
+
+def _main_each(args: argparse.Namespace, intervals: list[float], console: Console) -> int:
+    """The same at each of several intervals between decisions."""
+    result = run_each(intervals, args, lambda one: compare(one, console))
+    for found in result["by_interval"].values():
+        _show(found, console)
+    for rate, arms in result["cadence"].items():
+        console.print(cadence_table(f"{rate} of capacity: cost by interval, x 1 s", arms))
+    if args.json is not None:
+        write_atomic(args.json, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
     return 0
 
 
@@ -87,6 +104,8 @@ def _read(path: Path) -> dict[str, Any]:
 def _show(result: dict[str, Any], console: Console) -> None:
     """The tables, on the terminal."""
     name, backend = result["model"], result["backend"]
+    if result.get("interval_s", 1.0) != 1.0:
+        name += f", a decision every {result['interval_s']:g} s"
     for rate, part in result["by_rate"].items():
         title = f"{name}, {backend}, {rate} of capacity ({part['rate_rps']:.2f}/s)"
         console.print(table(title, part["arms"]))
@@ -135,8 +154,23 @@ def _parser() -> argparse.ArgumentParser:
     add("--seeds", type=positive_int, default=16, help="conditions per rate")
     add("--first-seed", type=int, default=FIRST_SEED)
     add("--repeats", type=positive_int, default=1, help="testbed only: runs of each seed")
-    add("--intervals", type=positive_int, help="steady-state intervals (default: a whole episode)")
+    add(
+        "--intervals",
+        type=positive_int,
+        help="steady-state intervals, the longest where --interval names several (default: a whole "
+        "episode)",
+    )
     add("--rates", help="fractions of the best static plan's capacity, e.g. 0.4,0.8,1.1")
+    add(
+        "--interval",
+        help="seconds between decisions, e.g. 1 or 0.05,0.2,1,10 (docs/cadence.md); the conditions "
+        "of a simulator are then the same at each (default: the scenario's)",
+    )
+    add(
+        "--late-binding",
+        action="store_true",
+        help="let the fog pick its cut when a request's turn comes (docs/cadence.md)",
+    )
     add(
         "--startup-s",
         type=float,

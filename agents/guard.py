@@ -11,8 +11,9 @@ import logging
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from agents.controllers import Controller, Decision, Solver
+from agents.controllers import Controller, Decision, Glancing, Solver
 from env.cost import Cost
 from env.predict import CostModel
 from env.state import SystemState
@@ -90,6 +91,16 @@ class GuardedController:
         decision = self._solver.decide(usable, last) if self._hold else wanted
         self._expect(usable, decision)
         return decision
+
+    def glance(self, state: SystemState) -> NDArray[np.int64]:
+        """Plans for a request in this state: the solver's where that decides or the state is bad.
+
+        Nothing is counted, and no hold begins: the interval's decision does that.
+        """
+        by_policy = not self._hold and not self._check(state)
+        asked = self._policy if by_policy else self._solver
+        assert isinstance(asked, Glancing)
+        return asked.glance(_finite(state))
 
     def _check(self, state: SystemState) -> str:
         settings = self._settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import io
 import json
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from agents.controllers import Decision
 from env.cost import References
 from env.predict import CostModel
-from env.state import Encoder, SystemState, idle_probes
+from env.state import HISTORY, Encoder, SystemState, idle_probes
 from executor.errors import ConfigError
 from executor.files import write_together
 from executor.plan import Plan
@@ -31,6 +32,7 @@ __all__ = ["Checkpoint", "PolicyController", "PolicyNetwork", "metadata_text"]
 log = logging.getLogger(__name__)
 
 F32 = NDArray[np.float32]
+I64 = NDArray[np.int64]
 FORMAT_VERSION = 1
 ARRAYS = ("w1", "b1", "w2", "b2", "w3", "b3", "tau")
 
@@ -194,6 +196,9 @@ def _read_verified(directory: Path) -> dict[str, Any]:
 class PolicyController:
     """The deployed policy as a controller.
 
+    It was trained with states a fixed interval apart. Where decisions are closer together it sees,
+    beside the newest state, those that lie so far apart.
+
     Args:
         checkpoint: Weights and the profile they belong to.
         zeroed: Leave the learned correction out.
@@ -208,7 +213,18 @@ class PolicyController:
         """Start with an empty history; `model` is the running system's."""
         self.checkpoint.check_fits(model.profile)
         self._model = model
-        self._encoder = Encoder(model)
+        interval_s = model.scenario.interval_s
+        trained = self.checkpoint.metadata.get("scenario", {})
+        trained_s = float(trained.get("interval_s", interval_s))
+        known = model
+        if trained_s != interval_s:
+            scenario = model.scenario.replace(interval_s=trained_s)
+            known = CostModel(model.profile, scenario, model.references)
+        self._encoder = Encoder(known)
+        self._apart = max(1, round(trained_s / interval_s))
+        self._past: collections.deque[F32] = collections.deque(
+            maxlen=(HISTORY - 1) * self._apart + 1
+        )
         if model.plans != self.checkpoint.plans:
             raise ConfigError(
                 f"the policy chooses among {len(self.checkpoint.plans)} plans, this scenario "
@@ -218,10 +234,30 @@ class PolicyController:
 
     def decide(self, state: SystemState, last: StepResult | None = None) -> Decision:
         """Of the plans that can be served, that of highest logit per environment."""
-        self._history = self._encoder.push(self._history, state)
-        logits = self.network.logits(self._encoder.observe(self._history, state))
+        self._remember(state)
+        cuts = self._best(self._history, state)
+        return Decision(cuts, idle_probes(state, self._model.scenario))
+
+    def glance(self, state: SystemState) -> I64:
+        """As `decide`, with the newest state replaced by this one; nothing is remembered."""
+        older = self._history[:, self._encoder.features :]
+        history = np.concatenate([self._encoder.encode_state(state), older], axis=1)
+        return self._best(history, state)
+
+    def _best(self, history: F32, state: SystemState) -> I64:
+        logits = self.network.logits(self._encoder.observe(history, state))
         usable = self._model.usable(state)
         if usable is not None:
             logits = np.where(usable, logits, -np.inf)
-        best = logits.argmax(axis=1)
-        return Decision(self._model.table.cuts[best], idle_probes(state, self._model.scenario))
+        best: I64 = self._model.table.cuts[logits.argmax(axis=1)]
+        return best
+
+    def _remember(self, state: SystemState) -> None:
+        """Take a state in: the newest, and those before it at the interval of the training."""
+        if self._apart == 1:
+            self._history = self._encoder.push(self._history, state)
+            return
+        self._past.append(self._encoder.encode_state(state))
+        seen = list(self._past)[:: -self._apart]
+        missing = [np.zeros_like(seen[0])] * (HISTORY - len(seen))
+        self._history = np.concatenate([*seen, *missing], axis=1)

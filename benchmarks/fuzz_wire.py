@@ -36,6 +36,7 @@ from executor._compute import FairQueue, Outcome
 from executor._nodecore import CoreConfig, NodeCore
 from executor.energy import ConstantPowerMeter
 from executor.errors import FrameDamaged, WireError
+from executor.late import CutTable
 from executor.plan import ModelSpec
 from executor.wire import (
     Header,
@@ -100,6 +101,10 @@ def corpus(rng: random.Random) -> Message:
         header.hops = [HopStamp(*(rng.random() for _ in range(3))) for _ in range(2)]
         cut = rng.choice((0, i, j, 6))
         body = array_body(header, np.zeros(SPEC.cut_bytes[cut] // 4, np.float32))
+        if kind is Kind.INFER and rng.random() < 0.3:
+            limits = sorted(rng.sample((0.0, 0.1, 1.0, float("inf")), rng.randint(1, 4)))
+            rows = tuple((limit_s, rng.randint(0, 6)) for limit_s in limits)
+            header.late = (CutTable(rng.choice((1, 1, 2)), rows),)
     elif kind is Kind.PING and rng.random() < 0.5:
         body = array_body(header, np.zeros(rng.choice((1, 100, 5000)), np.uint8))
     elif kind not in (Kind.HELLO, Kind.ACK, Kind.PING, Kind.PONG):

@@ -11,7 +11,7 @@ from env._stations import NO_SLOTS, NO_TIMES, Departures, RequestStore, sums
 from env.cost import IntervalRecord
 from env.system import Completed
 
-__all__ = ["Arrivals", "Measured", "account", "join", "measure", "refused_rows", "rows"]
+__all__ = ["Arrivals", "Measured", "account", "admitted", "join", "measure", "refused_rows", "rows"]
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
@@ -79,6 +79,27 @@ def measure(
     overdue = (seen_s > 0) & ((head_bytes >= MEASURED_BYTES) | store.is_probe.take(head))
     bound[head_env[overdue]] = head_bytes[overdue] / seen_s[overdue]
     return Measured(size, wall, age, bound)
+
+
+def admitted(env: I64, count: I64, credits: F64) -> NDArray[np.bool_]:
+    """Which arrivals find a credit.
+
+    Of the first k arrivals a_k = min(a_{k-1} + 1, F_k) are admitted, F_k the credits by then; so
+    a_k - k is the running minimum of F_j - j, and of 0.
+
+    Args:
+        env: [R] of each arrival, by environment and then time.
+        count: [B] arrivals.
+        credits: [R] that there are at each arrival, those used by earlier ones included.
+    """
+    rank = np.arange(1, len(env) + 1) - (np.cumsum(count) - count).take(env)
+    short = rank - np.maximum(np.floor(credits), 0.0)
+    # Running maximum of what is short, in a lane per environment.
+    lane = env * (float(np.abs(short).max()) + 1.0) * 2.0
+    refused = np.maximum(np.maximum.accumulate(short + lane) - lane, 0.0)
+    before = np.where(rank == 1, 0.0, np.concatenate([[0.0], refused[:-1]]))
+    fits: NDArray[np.bool_] = refused == before
+    return fits
 
 
 def account(

@@ -95,7 +95,7 @@ class Chain:
         self.probe_limit_bytes = float(
             max(self._cut_bytes.max(), scenario.probing.paper_bytes, scenario.probing.payload_bytes)
         )
-        self._max_in_flight = scenario.max_in_flight
+        self._max_in_flight, self._late = scenario.max_in_flight, scenario.late_binding
 
     def stations(self, batch: int, timed: bool) -> list[Station]:
         """Empty stations; hops are always timed."""
@@ -108,7 +108,8 @@ class Chain:
         if self.delay_varies:
             lag = MAX_ONE_WAY_DELAY_S + float(self.overhead_s.max())
         return [
-            Station(s, batch, float(bound), lag, timed or s % 2 == 1)
+            # A request whose late cut leaves the fog nothing to do leaves with the one before it.
+            Station(s, batch, float(bound), lag, timed or s % 2 == 1, ties=self._late)
             for s, bound in enumerate(largest)
         ]
 

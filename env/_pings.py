@@ -7,9 +7,11 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from env._stations import RequestStore
+from executor.errors import ConfigError
 from executor.link import PING_PERIOD_S, RTT_WINDOW_S
 
-__all__ = ["Pings"]
+__all__ = ["Pings", "send_probes"]
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
@@ -65,3 +67,39 @@ class Pings:
         rtt[rtt > now_s - ping * PING_PERIOD_S] = np.inf
         least = rtt.min(axis=2)
         return np.where(np.isfinite(least), least, before_s)
+
+
+def send_probes(
+    store: RequestStore,
+    probing: NDArray[np.bool_],
+    probe_bytes: F64,
+    limit_bytes: float,
+    flows: list[list[tuple[I64, F64]]],
+) -> None:
+    """Put probes at the hops, at an interval's start.
+
+    Args:
+        store: The live requests; each probe gets a slot.
+        probing: [B, H] where a probe is on its way, and no second is sent; written to.
+        probe_bytes: [B, H] sizes, 0 for none.
+        limit_bytes: The largest.
+        flows: Per station what comes to it; written to.
+
+    Raises:
+        ConfigError: A probe is larger than that.
+    """
+    env, hop = np.nonzero((probe_bytes > 0) & ~probing)
+    if len(env) == 0:
+        return
+    sizes = probe_bytes[env, hop]
+    if sizes.max() > limit_bytes:
+        raise ConfigError(f"a probe must not exceed {limit_bytes:.0f} bytes, got {sizes.max():.0f}")
+    probing[env, hop] = True
+    new = store.extend(len(env))
+    slot = np.arange(new.start, new.stop)
+    store.env[new] = env
+    store.is_probe[new] = True
+    store.work[2 * hop + 1, slot] = sizes
+    for h in range(probing.shape[1]):
+        mine = slot[hop == h]
+        flows[2 * h + 1].append((mine, np.zeros(len(mine))))

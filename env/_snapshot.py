@@ -28,6 +28,7 @@ class Queued:
         arrival_s, is_probe: [R] as in `RequestStore`.
         work: [S, R] likewise.
         cuts, wall_s: [R, H] and [S, R] likewise; empty where they are not recorded.
+        late_limit_s, late_cut: [rows, R] likewise; empty without late binding.
         place: [R] the station each is at, or -1: its output is on its way back.
         due_s: [R] when it is (or was) there, or back at the edge; from the interval's end.
         served, start_s: [S, B] what each station keeps of the request in service.
@@ -39,6 +40,8 @@ class Queued:
     work: F64
     cuts: I64
     wall_s: F64
+    late_limit_s: F64
+    late_cut: I64
     place: I64
     due_s: F64
     served: F64
@@ -55,8 +58,13 @@ class Queued:
         order = np.argsort(store.env.take(slot), kind="stable")
         slot = slot.take(order)
         cuts, wall_s = store.cuts, store.wall_s
+        limit_s, late_cut = store.late_limit_s, store.late_cut
         if len(cuts):
-            cuts, wall_s = cuts[slot], wall_s[:, slot]
+            cuts = cuts[slot]
+        if wall_s.size:
+            wall_s = wall_s[:, slot]
+        if limit_s.size:
+            limit_s, late_cut = limit_s[:, slot], late_cut[:, slot]
         return cls(
             count=np.bincount(store.env.take(slot), minlength=batch),
             arrival_s=store.arrival_s.take(slot),
@@ -64,6 +72,8 @@ class Queued:
             work=store.work.take(slot, axis=1),
             cuts=cuts,
             wall_s=wall_s,
+            late_limit_s=limit_s,
+            late_cut=late_cut,
             place=place.take(order),
             due_s=np.concatenate([x[1] for x in lists]).take(order),
             served=np.stack([served for _, _, served, _ in contents]),
@@ -86,7 +96,12 @@ class Queued:
         for row, work in zip(store.work, self.work, strict=True):
             row[new] = work.take(of)
         if len(store.cuts):
-            store.cuts[new], store.wall_s[:, new] = self.cuts[of], self.wall_s[:, of]
+            store.cuts[new] = self.cuts[of]
+        if store.wall_s.size:
+            store.wall_s[:, new] = self.wall_s[:, of]
+        if store.late_limit_s.size:
+            store.late_limit_s[:, new] = self.late_limit_s[:, of]
+            store.late_cut[:, new] = self.late_cut[:, of]
         place, due_s = self.place.take(of), self.due_s.take(of)
         for s, station in enumerate(stations):
             slot = np.flatnonzero(place == s)

@@ -10,7 +10,7 @@ per environment, wider than any reach, keeps the running maximum from crossing o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,12 +33,16 @@ class RequestStore:
         work: [S, capacity] work at each station (unloaded seconds or bytes); -1 where not visited.
         completion_s: [capacity] completion after the interval's start, where it is in it.
         is_probe: [capacity].
-        cuts: [capacity, H], kept only when `record` is true.
+        cuts: [capacity, H], kept only when `record` or `late_rows` says so.
+        late_limit_s, late_cut: [late_rows, capacity] table from which the fog picks its cut
+            (`env.late.LateTables`), limits -inf once it has; columns only with `late_rows`.
         wall_s: [S, capacity] seconds served, kept only when `record` is true.
     """
 
-    def __init__(self, n_stations: int, capacity: int, n_hops: int, record: bool) -> None:
-        self._record = record
+    def __init__(
+        self, n_stations: int, capacity: int, n_hops: int, record: bool, late_rows: int = 0
+    ) -> None:
+        self._record, self._late = record, late_rows > 0
         self.live, self.capacity = 0, capacity
         self.env = np.zeros(capacity, dtype=np.int64)
         self.arrival_s = np.zeros(capacity)
@@ -46,8 +50,10 @@ class RequestStore:
         self.work = np.zeros((n_stations, capacity))
         self.is_probe = np.zeros(capacity, dtype=bool)
         kept = capacity if record else 0
-        self.cuts = np.zeros((kept, n_hops), dtype=np.int64)
         self.wall_s = np.zeros((n_stations, kept))
+        self.cuts = np.zeros((capacity if self._late else kept, n_hops), dtype=np.int64)
+        self.late_limit_s = np.full((late_rows, capacity if self._late else 0), -np.inf)
+        self.late_cut = np.zeros(self.late_limit_s.shape, dtype=np.int64)
 
     def extend(self, count: int) -> slice:
         """`count` new slots, not probes and with nothing served; the rest is the caller's to fill.
@@ -61,14 +67,20 @@ class RequestStore:
                 old = getattr(self, name)
                 unused = np.zeros((*old.shape[:-1], extra), dtype=old.dtype)
                 setattr(self, name, np.concatenate([old, unused], axis=-1))
-            if self._record:
+            if self._record or self._late:
                 self.cuts = np.pad(self.cuts, ((0, extra), (0, 0)))
+            if self._record:
                 self.wall_s = np.pad(self.wall_s, ((0, 0), (0, extra)))
+            if self._late:
+                self.late_limit_s = np.pad(self.late_limit_s, ((0, 0), (0, extra)))
+                self.late_cut = np.pad(self.late_cut, ((0, 0), (0, extra)))
         new = slice(self.live, self.live + count)
         self.live += count
         self.is_probe[new] = False
         if self._record:
             self.wall_s[:, new] = 0.0
+        if self._late:
+            self.late_limit_s[:, new] = -np.inf
         return new
 
     def keep(self, slots: I64) -> None:
@@ -76,9 +88,13 @@ class RequestStore:
         n = self.live = len(slots)
         for column in (self.env, self.arrival_s, self.is_probe, *self.work):
             column[:n] = column.take(slots)
-        if self._record:
+        if self._record or self._late:
             self.cuts[:n] = self.cuts[slots]
+        if self._record:
             self.wall_s[:, :n] = self.wall_s[:, slots]
+        if self._late:
+            self.late_limit_s[:, :n] = self.late_limit_s[:, slots]
+            self.late_cut[:, :n] = self.late_cut[:, slots]
 
 
 class Rates:
@@ -181,12 +197,20 @@ class Station:
         work_bound: More than the work of all requests that can be here in one environment.
         lag_bound_s: Arrivals lie at most this long after the interval's end.
         timed: Whether each departure's seconds in service are wanted.
+        ties: Whether requests may arrive at the same moment; they then keep the order they came in.
     """
 
     def __init__(
-        self, index: int, batch: int, work_bound: float, lag_bound_s: float, timed: bool
+        self,
+        index: int,
+        batch: int,
+        work_bound: float,
+        lag_bound_s: float,
+        timed: bool,
+        ties: bool = False,
     ) -> None:
         self.index, self.batch, self._timed = index, batch, timed
+        self._sort: Literal["quicksort", "stable"] = "stable" if ties else "quicksort"
         self._work_bound, self._lag_bound_s = work_bound, lag_bound_s + 1e-3
         self.clear()
 
@@ -230,7 +254,7 @@ class Station:
         # By environment, then by arrival here.
         key = env * (dt_s + self._lag_bound_s - self._oldest_s)
         key += ready
-        order = np.argsort(key)
+        order = np.argsort(key, kind=self._sort)
         slot, ready, env = slot.take(order), ready.take(order), env.take(order)
         work = store.work[self.index].take(slot)
         head = _firsts(env)

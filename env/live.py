@@ -19,10 +19,12 @@ from numpy.typing import NDArray
 
 from env.conditions import BYTES_PER_S_PER_MBPS, Conditions
 from env.cost import IntervalRecord
+from env.late import LateRule
 from env.predict import CostModel
 from env.state import SystemState
 from env.system import ARRIVAL_SMOOTHING_S, Completed, StepResult
 from executor.errors import RequestError, SplitpilotError
+from executor.late import CutTable
 from executor.plan import Plan
 
 __all__ = ["ClientLike", "LiveSystem", "Playback"]
@@ -40,7 +42,14 @@ class ClientLike(Protocol):
     def in_flight(self) -> int:
         """Requests outstanding."""
 
-    def submit(self, x: Any, plan: Plan, scheduled_s: float | None = None) -> Future[Any]:
+    def submit(
+        self,
+        x: Any,
+        plan: Plan,
+        scheduled_s: float | None = None,
+        *,
+        late: Sequence[CutTable] = (),
+    ) -> Future[Any]:
         """Run one inference."""
 
     def status(self) -> Any:
@@ -80,6 +89,10 @@ class LiveSystem:
         source: Gives the input of the i-th request.
         playback: Plays the scenario's conditions; None leaves hops and nodes as they are.
         rate_rps: Mean arrival rate; the scenario's when None.
+
+    Attributes:
+        glance: Gives a request's plan, cuts [1, H], from the state at the moment it is submitted;
+            None: requests take the interval's plan.
     """
 
     def __init__(
@@ -98,6 +111,8 @@ class LiveSystem:
         self.time_s = 0.0
         self.last_output: Any = None
         self._source, self._playback = source, playback
+        self.glance: Callable[[SystemState], NDArray[np.int64]] | None = None
+        self._late_rule = LateRule(model) if model.scenario.late_binding else None
         n_nodes = model.profile.n_nodes
         self._probers = ThreadPoolExecutor(max(1, n_nodes - 1), thread_name_prefix="probe")
         self._probes: list[tuple[int, float, Future[list[float]]]] = []
@@ -141,7 +156,7 @@ class LiveSystem:
         """
         begin, self._end_s = self._end_s, self._end_s + self.scenario.interval_s
         self._cuts = np.array(cuts, dtype=np.int64)
-        plan = Plan(tuple(int(c) for c in cuts[0]))
+        plan, late = self._bind()
         offsets = self._arrivals[self._interval % len(self._arrivals)]
         self._interval += 1
         if probe_bytes is not None:
@@ -151,8 +166,12 @@ class LiveSystem:
         for offset in offsets:
             scheduled = begin + float(offset)
             _sleep_until(scheduled)
+            if self.glance is not None:
+                self._cuts = self.glance(self._state())
+                plan, late = self._bind()
             try:
-                future = self.client.submit(self._source(self._sent), plan, scheduled)
+                x = self._source(self._sent)
+                future = self.client.submit(x, plan, scheduled, late=late)
             except RequestError as error:
                 log.info("request refused: %s", error)
                 refused.append(scheduled)
@@ -196,6 +215,13 @@ class LiveSystem:
     def close(self) -> None:
         """Stop probing; the client stays its owner's."""
         self._probers.shutdown(wait=True, cancel_futures=True)
+
+    def _bind(self) -> tuple[Plan, tuple[CutTable, ...]]:
+        """The present plan, and the cut tables that go with it."""
+        late: tuple[CutTable, ...] = ()
+        if self._late_rule is not None and self._seen.node_up.all():
+            late = self._late_rule.tables(self._seen, self._cuts).cut_tables(0)
+        return Plan(tuple(int(c) for c in self._cuts[0])), late
 
     def _finish_open(self) -> None:
         for item in self._open:
@@ -293,6 +319,11 @@ class LiveSystem:
         return float(measured or self.model.profile.hops[hop].bytes_per_s)
 
     def _state(self) -> SystemState:
+        """The state now; cut tables are derived from the last one that was seen."""
+        self._seen = self._measured_state()
+        return self._seen
+
+    def _measured_state(self) -> SystemState:
         status = self.client.status()
         now = time.monotonic()
         hops, n_nodes = self.model.profile.hops, self.model.profile.n_nodes
@@ -317,7 +348,7 @@ class LiveSystem:
             node_backlog_s=np.array([backlogs], dtype=np.float64),
             hop_backlog_bytes=np.array([hop_backlog], dtype=np.float64),
             arrival_rps=np.array([self._arrival_rps]),
-            in_flight=np.array([float(len(self._open))]),
+            in_flight=np.array([float(sum(not item.future.done() for item in self._open))]),
             cuts=self._cuts.copy(),
             latency_ratio=np.array([self._latency_ratio]),
             node_up=np.array([[not (k in status and status[k].down) for k in range(n_nodes)]]),

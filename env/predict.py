@@ -32,6 +32,7 @@ F64 = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 MAX_UTILISATION = np.float32(0.95)
 CACHED_NUMBERS = 32768
+LEAST_INTERVAL_S = 1.0
 
 
 class PlanTable:
@@ -74,7 +75,8 @@ class CostModel:
         profile: The measured costs.
         scenario: Weights, interval, bounds, the constrained rule.
         references: Units of the cost; from `profile` when None.
-        horizon_intervals: How far ahead queues are looked at, in intervals.
+        horizon_intervals: How far ahead queues are looked at, in intervals (of a second at least:
+            who decides more often pays for a queue all the same).
         direct: The nodes' direct links, from node -> to node (`executor.plan.find_route`).
     """
 
@@ -99,7 +101,7 @@ class CostModel:
         self.table = PlanTable(profile, self.plans)
         self._direct = dict(direct or {})
         self._usable: dict[bytes, Mask] = {}
-        self.horizon_s = horizon_intervals * scenario.interval_s
+        self.horizon_s = horizon_intervals * max(scenario.interval_s, LEAST_INTERVAL_S)
         self._lay_out(profile)
         self.capacity_rps = self._capacity()
 

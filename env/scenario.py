@@ -200,6 +200,8 @@ class Scenario:
         weights: The cost's weights.
         probing: Active probing.
         constrained: Offer only plans that obey the reference's rule.
+        late_binding: Let the fog pick its own cut when a request's turn comes, by the backlog of
+            its hop (`env.late`); for three nodes.
     """
 
     nodes: tuple[NodeSetup, ...]
@@ -216,6 +218,7 @@ class Scenario:
     weights: CostWeights = field(default_factory=CostWeights)
     probing: Probing = field(default_factory=Probing)
     constrained: bool = False
+    late_binding: bool = False
 
     def __post_init__(self) -> None:
         if len(self.nodes) < 2 or len(self.hops) != len(self.nodes) - 1:
@@ -234,6 +237,10 @@ class Scenario:
             )
         if self.max_in_flight < 1:
             raise ConfigError(f"max_in_flight must be at least 1, got {self.max_in_flight}")
+        if self.late_binding and len(self.nodes) != 3:
+            raise ConfigError(
+                f"late_binding is for chains of 3 nodes, this scenario has {len(self.nodes)}"
+            )
 
     @property
     def n_nodes(self) -> int:

@@ -5,6 +5,7 @@ empty only relays (no queue), a hop behind the last unit is not crossed. Every s
 the order of arrival at it. A node does a stage's unloaded seconds at speed 1 - load; a hop sends
 bytes at its bandwidth; the frame overhead and the one-way delay follow without occupying it. The
 output goes back over the crossed hops: one-way delay plus its bytes at the bandwidth of the moment.
+With late binding the fog may pick another cut than the plan's (`env.late`, `env._late`).
 A delay may be a process; what a hop carries then still arrives in order, and the state's round trip
 is what pings would have measured.
 
@@ -17,13 +18,24 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from env._accounting import Arrivals, Measured, account, join, measure, refused_rows, rows
+from env._accounting import (
+    Arrivals,
+    Measured,
+    account,
+    admitted,
+    join,
+    measure,
+    refused_rows,
+    rows,
+)
 from env._chain import Chain, Delays
-from env._pings import Pings
+from env._late import FOG, LateBinding
+from env._pings import Pings, send_probes
 from env._snapshot import Queued, Snapshot, take_state
 from env._stations import NO_SLOTS, NO_TIMES, Departures, Rates, RequestStore, route
 from env.conditions import ConditionsSource, IntervalConditions, SharedConditions
 from env.cost import IntervalRecord
+from env.late import ROWS, LateRule
 from env.predict import CostModel
 from env.state import SystemState
 from env.system import ARRIVAL_SMOOTHING_S, Completed, StepResult
@@ -64,6 +76,7 @@ class Simulator:
         model: As given.
         n_ref: [B] each environment's mean arrival rate, requests/s.
         time_s: Simulation time, 0 at reset.
+        late_rule: Gives the cut tables of late binding; None without it.
     """
 
     def __init__(
@@ -98,9 +111,15 @@ class Simulator:
         else:
             self._play(conditions)
         self._chain = Chain(model)
+        self.late_rule = LateRule(model) if model.scenario.late_binding else None
+        self._late = None if self.late_rule is None else LateBinding(model.profile)
         capacity = batch * min(model.scenario.max_in_flight, 16) + 64
         self._store = RequestStore(
-            self._chain.n_stations, capacity, self._chain.n_hops, record_requests
+            self._chain.n_stations,
+            capacity,
+            self._chain.n_hops,
+            record_requests,
+            late_rows=0 if self.late_rule is None else ROWS,
         )
         self._stations = self._chain.stations(batch, record_requests)
         self.reset(seed)
@@ -179,7 +198,8 @@ class Simulator:
         record = IntervalRecord.zeros(self.batch, self._chain.n_nodes)
         flows: Flows = [[] for _ in self._stations]
         if probe_bytes is not None:
-            self._send_probes(np.asarray(probe_bytes, dtype=np.float64), flows)
+            sizes, limit = np.asarray(probe_bytes, dtype=np.float64), self._chain.probe_limit_bytes
+            send_probes(self._store, self._probing, sizes, limit, flows)
         new, refused = self._admit(conditions, cuts, record)
         edge = self._store.work[0].take(new.slot) >= 0.0
         route(new.slot, new.offset_s, edge, flows[0], flows[1])
@@ -321,7 +341,8 @@ class Simulator:
         room = self.model.scenario.max_in_flight - self._in_flight
         refused = None
         if len(env) and np.any(count > room):
-            fits = self._admitted(env, offset, count, room)
+            freed: F64 = self._completed_rps.take(env) * offset
+            fits = admitted(env, count, room.take(env) + freed)
             if self.record_requests:
                 refused = refused_rows(env[~fits], self.time_s + offset[~fits], cuts)
             env, offset = env[fits], offset[fits]
@@ -334,44 +355,13 @@ class Simulator:
         store.completion_s[new] = self._dt_s
         for row, work in zip(store.work, self._chain.work_of(cuts), strict=True):
             row[new] = work.take(env)
-        if self.record_requests:
+        if self.record_requests or self.late_rule is not None:
             store.cuts[new] = cuts[env]
+        if self.late_rule is not None:
+            tables = self.late_rule.tables(self._state, cuts)
+            store.late_limit_s[:, new] = tables.limit_s[env].T
+            store.late_cut[:, new] = tables.cut[env].T
         return Arrivals(np.arange(new.start, new.stop), env, offset, accepted), refused
-
-    def _admitted(self, env: I64, offset_s: F64, count: I64, room: I64) -> NDArray[np.bool_]:
-        """Which arrivals find a credit.
-
-        Of the first k arrivals a_k = min(a_{k-1} + 1, F_k) are admitted, F_k the credits by then;
-        so a_k - k is the running minimum of F_j - j, and of 0.
-        """
-        rank = np.arange(1, len(env) + 1) - (np.cumsum(count) - count).take(env)
-        freed = np.minimum(self._completed_rps.take(env) * offset_s, self._in_flight.take(env))
-        credits = np.floor(room.take(env) + freed)
-        short = rank - np.maximum(credits, 0.0)
-        # Running maximum of what is short, in a lane per environment.
-        lane = env * (float(np.abs(short).max()) + 1.0) * 2.0
-        refused = np.maximum(np.maximum.accumulate(short + lane) - lane, 0.0)
-        before = np.where(rank == 1, 0.0, np.concatenate([[0.0], refused[:-1]]))
-        fits: NDArray[np.bool_] = refused == before
-        return fits
-
-    def _send_probes(self, probe_bytes: F64, flows: Flows) -> None:
-        """Put probes at the hops, at the interval's start."""
-        env, hop = np.nonzero((probe_bytes > 0) & ~self._probing)
-        if len(env) == 0:
-            return
-        sizes, limit = probe_bytes[env, hop], self._chain.probe_limit_bytes
-        if sizes.max() > limit:
-            raise ConfigError(f"a probe must not exceed {limit:.0f} bytes, got {sizes.max():.0f}")
-        self._probing[env, hop] = True
-        new = self._store.extend(len(env))
-        slot = np.arange(new.start, new.stop)
-        self._store.env[new] = env
-        self._store.is_probe[new] = True
-        self._store.work[2 * hop + 1, slot] = sizes
-        for h in range(self._chain.n_hops):
-            mine = slot[hop == h]
-            flows[2 * h + 1].append((mine, np.zeros(len(mine))))
 
     def _delays(self, conditions: IntervalConditions, dt: float) -> Delays | None:
         """The delays of an interval of length `dt`; None where they are constant."""
@@ -402,6 +392,9 @@ class Simulator:
         if self._pings is not None:
             self._rtt_s = self._pings.rtt_s(self.time_s + dt, self._rtt_s)
         for s, station in enumerate(self._stations):
+            if s == FOG and self._late is not None:
+                known, rtt_s = self._measured_rate[:, 1], self._state.rtt_s[:, 1]
+                self._late.choose(store, self._stations, flows, rates, dt, known, rtt_s)
             left = station.serve(store, flows[s], rates[s], dt)
             self._backlog.append(left.backlog)
             if self.record_requests:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +36,7 @@ class Job:
         start: First unit.
         stop: One past the last unit.
         profile_repeats: Timed passes per unit; 0 for a stage.
+        choose: Gives another `stop` when the stage's turn has come (late binding).
     """
 
     header: Header
@@ -42,11 +44,15 @@ class Job:
     start: int = 0
     stop: int = 0
     profile_repeats: int = 0
+    choose: Callable[[], int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a job: an output, unit times, or the reason it failed."""
+    """What became of a job: an output, unit times, or the reason it failed.
+
+    `stop` is one past the last unit that was run, which a job may choose late.
+    """
 
     job: Job
     start_s: float
@@ -55,6 +61,7 @@ class Outcome:
     output: NDArray[np.generic] | None = None
     unit_s: tuple[float, ...] = ()
     error: str = ""
+    stop: int = 0
 
 
 class FairQueue:
@@ -181,7 +188,7 @@ class Computer:
 
     def is_short(self, job: Job) -> bool:
         """Whether it is known to take less time than waking a thread is worth."""
-        if job.profile_repeats:
+        if job.profile_repeats or job.choose is not None:
             return False
         return 0.0 < self.estimate.stage_s(job.start, job.stop) < _SHORT_S
 
@@ -203,20 +210,24 @@ class Computer:
         return self._pacer.load.value_at(now_s) if self._pacer.ratio is not None else 0.0
 
     def _stage(self, job: Job) -> Outcome:
-        """Run units [start, stop) on the body."""
+        """Run units [start, stop) on the body; with none of them, the body is the output."""
         array = array_of(job.header, job.body)
+        stop = job.stop if job.choose is None else job.choose()
+        if stop == job.start:
+            now_s = time.monotonic()
+            return Outcome(job, now_s, now_s, output=array, stop=stop)
 
         def compute() -> NDArray[np.generic]:
             x = torch.from_numpy(array).to(self._device)
-            y = self._chain.run(x, job.start, job.stop)
+            y = self._chain.run(x, job.start, stop)
             result: NDArray[np.generic] = y.cpu().contiguous().numpy()
             return result
 
         start_s = time.monotonic()
         output, work_s = self._pacer.run(compute)
         end_s = time.monotonic()
-        self.estimate.learn_stage(job.start, job.stop, work_s)
-        return Outcome(job, start_s, end_s, work_s, output)
+        self.estimate.learn_stage(job.start, stop, work_s)
+        return Outcome(job, start_s, end_s, work_s, output, stop=stop)
 
     def _profile(self, job: Job) -> Outcome:
         """Time every unit at this node's speed, without its background load."""

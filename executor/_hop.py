@@ -95,6 +95,13 @@ class Hop:
         """Requests handed to the hop and not acknowledged."""
         return sum(1 for _, n_bytes, _ in self._unacked if n_bytes)
 
+    def backlog_s(self, now_s: float) -> float | None:
+        """Seconds in which its backlog gets across; None if unknown. From any thread.
+
+        A link that is down never gets it across.
+        """
+        return float("inf") if self.connected is False else self.rate.backlog_s(now_s)
+
     @property
     def one_way_s(self) -> float:
         """Propagation delay of the hop; 0 until a frame was acknowledged."""

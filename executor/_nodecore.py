@@ -27,6 +27,7 @@ from executor._requests import Refusal, check_size, over_rate, seconds, split, s
 from executor._ways import Way, Ways
 from executor.energy import Meter
 from executor.errors import FrameDamaged, WireError
+from executor.late import chooser, rebound
 from executor.plan import ModelSpec, Plan, next_node
 from executor.wire import (
     Header,
@@ -111,9 +112,7 @@ class NodeCore:
         far = config.direct
         self.direct = None if far is None else Hop(uuid.uuid4().bytes, far)
         self.links = tuple(link for link in (self.hop, self.direct) if link is not None)
-        self.bad_frames = 0
-        self.refused = 0
-        self.duplicates = 0
+        self.bad_frames = self.refused = self.duplicates = 0
         self.stuck: list[Hop] = []
         self._jobs = jobs
         self._measure = measure
@@ -197,7 +196,7 @@ class NodeCore:
             ended = link.on_pong(header, now_s)
             self._notice_lost(link)
             if ended is not None:
-                self._probe_done(ended)
+                self._json_up(ended.request.reply(Kind.PROBE_REPLY), {"rtts_s": ended.rtts_s})
         elif header.kind is Kind.STATUS:
             self._relay_status(header, body, link, now_s)
         elif header.kind in (
@@ -242,12 +241,14 @@ class NodeCore:
             self._error(header, "failed", outcome.error)
         elif outcome.output is not None:
             k = self.config.index
+            if outcome.job.choose is not None:
+                header.cuts = rebound(Plan(header.cuts), k, outcome.stop).cuts
             header.stages[k] = StageStamp(
                 header.stages[k].arrive_s, outcome.start_s, outcome.end_s, outcome.work_s
             )
             body = array_body(header, outcome.output)
             if k == Plan(header.cuts).last_node(self.config.spec.n_units):
-                header.kind = Kind.RESULT
+                header.kind, header.late = Kind.RESULT, ()
                 self._crowd.answered(header.client, now_s)
                 self._to_client(header, body)
                 return
@@ -314,10 +315,14 @@ class NodeCore:
             else:
                 self._jobs.discard(header.client, header.seq)
         self._ways.enter(way)
+        choose = chooser(header.late, k, self.hop, start, stop)
+        if start == stop and choose is not None:  # what is only relayed has its turn now
+            stop = choose()
+            header.cuts = rebound(Plan(header.cuts), k, stop).cuts
         if start == stop:
             self._send_down(header, body, now_s)
         elif way.job is None:
-            way.job = Job(header, body, start, stop)
+            way.job = Job(header, body, start, stop, choose=choose)
             self._enqueue(way.job, now_s)
 
     def _enqueue(self, job: Job, now_s: float) -> None:
@@ -409,9 +414,6 @@ class NodeCore:
             way = self._ways.get(Header(Kind.ACK, client=client, seq=seq))
             if way is not None and way.hop is link and way.header.tries == tries:
                 self._lose([way.header], "lost", "never acknowledged", link)
-
-    def _probe_done(self, run: ProbeRun) -> None:
-        self._json_up(run.request.reply(Kind.PROBE_REPLY), {"rtts_s": run.rtts_s})
 
     def _status(self, now_s: float) -> dict[str, Any]:
         return {

@@ -7,6 +7,7 @@ from typing import Any
 
 from executor._hop import Parts
 from executor.errors import ConfigError, WireError
+from executor.late import check_tables
 from executor.plan import ModelSpec, Plan
 from executor.wire import Header, Kind, parse_header
 
@@ -80,6 +81,7 @@ def stage_of(
     try:
         plan = Plan(header.cuts)
         plan.check(spec.n_units, n_nodes)
+        check_tables(header.late, spec.n_units, n_nodes)
     except ConfigError as error:
         raise Refusal("bad_plan", str(error)) from None
     if node > plan.last_node(spec.n_units):

@@ -129,12 +129,15 @@ class Session:
 
         self._post_event(event)
 
-    def submit(self, seq: int, plan: Plan, deadline_s: float) -> None:
-        """Run a registered inference; this thread sends it, unless the session's is at work."""
+    def submit(self, seq: int, plan: Plan, deadline_s: float, late: bool = False) -> None:
+        """Run a registered inference, with its header's cut tables if `late`.
+
+        This thread sends it, unless the session's is at work.
+        """
 
         def event(now_s: float) -> None:
             assert self._recovery is not None
-            self._carry_out(self._recovery.submitted(seq, plan, deadline_s, now_s))
+            self._carry_out(self._recovery.submitted(seq, plan, deadline_s, now_s, late))
 
         self._events.append(event)
         # Never waited for: a future's callback may submit, on the thread that holds it.
@@ -420,9 +423,14 @@ class Session:
             if isinstance(instruction, Send):
                 pending = self._requests.get(instruction.seq)
                 if pending is not None and pending.header is not None:
-                    header = pending.header  # nobody keeps it: what is sent are its bytes
-                    header.seq, header.cuts = instruction.seq, instruction.plan.cuts
-                    header.tries, header.direct = instruction.tries, instruction.direct
+                    header = replace(
+                        pending.header,
+                        seq=instruction.seq,
+                        cuts=instruction.plan.cuts,
+                        tries=instruction.tries,
+                        direct=instruction.direct,
+                        late=pending.header.late if instruction.late else (),
+                    )
                     self._inputs.append([pack(header), pending.body or b""])
             elif isinstance(instruction, Fail):
                 ended = self._requests.settle(instruction.seq)

@@ -25,6 +25,7 @@ from executor._records import NodeStatus, Reply, RequestRecord, durations, hello
 from executor._session import Session
 from executor.cluster import Cluster
 from executor.errors import HandshakeError, RequestError
+from executor.late import CutTable, check_tables
 from executor.plan import Plan
 from executor.recovery import Counts
 from executor.wire import Header, Kind, array_body, attach, encode_json, pack
@@ -143,6 +144,7 @@ class Client:
         scheduled_s: float | None = None,
         *,
         timeout_s: float | None = None,
+        late: Sequence[CutTable] = (),
     ) -> concurrent.futures.Future[Reply]:
         """Hand an inference to the chain.
 
@@ -155,6 +157,9 @@ class Client:
             plan: Where to cut. It goes with the request: later plans do not touch it.
             scheduled_s: When the request was due (`time.monotonic`), if not now.
             timeout_s: Seconds until it is given up; the client's unless given.
+            late: From what middle nodes may pick another cut than the plan's, by the backlog of
+                their hop when the request's turn comes (`executor.late`). A request that has to be
+                sent again goes without.
 
         Returns:
             A future with the reply. It raises RequestTimeout after the timeout, RequestRefused
@@ -163,13 +168,14 @@ class Client:
         Raises:
             RequestRefused: `max_in_flight` is reached; nothing was sent.
             HandshakeError: There is no connection; call `connect` first.
-            ConfigError: The plan does not fit the model or the chain.
+            ConfigError: The plan or a cut table does not fit the model or the chain.
             RequestError: The input is not what the model takes.
         """
         now_s = time.monotonic()
         session = self._connected()
         first = session.nodes[0]
         plan.check(first["n_units"], self.cluster.n_nodes)
+        check_tables(late, first["n_units"], self.cluster.n_nodes)
         tensor = not isinstance(x, np.ndarray)
         array = np.array(x if isinstance(x, np.ndarray) else x.detach().numpy(), order="C")
         if array.dtype != np.float32 or array.nbytes != first["input_bytes"]:
@@ -180,7 +186,7 @@ class Client:
         if timeout_s is not None and not timeout_s > 0:
             raise RequestError(f"timeout_s must be positive, got {timeout_s}")
         deadline_s = now_s + (self.timeout_s if timeout_s is None else timeout_s)
-        header = Header(Kind.INFER, client=self._uuid, digest=self._digest)
+        header = Header(Kind.INFER, client=self._uuid, digest=self._digest, late=tuple(late))
         pending = Pending(
             deadline_s=deadline_s,
             plan=plan,
@@ -190,7 +196,7 @@ class Client:
             body=array_body(header, array),
             tensor=tensor,
         )
-        session.submit(self._requests.register(pending), plan, deadline_s)
+        session.submit(self._requests.register(pending), plan, deadline_s, bool(late))
         return pending.future
 
     def prefer(self, plans: Sequence[Plan]) -> None:

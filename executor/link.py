@@ -7,6 +7,7 @@ seconds of the caller's monotonic clock unless it says otherwise.
 from __future__ import annotations
 
 import math
+import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,6 +86,8 @@ class PassiveEstimator:
     server: a frame's service starts when it reaches the link or when the frame before it has been
     received, whichever is later, and ends when it has been received. Bandwidth is bytes over
     service of the last second; small frames, whose service is mostly overhead, do not count.
+
+    One thread reports frames; `backlog_s` may be asked from another.
     """
 
     def __init__(self, window_s: float = 1.0, min_frame_bytes: int = MIN_FRAME_BYTES) -> None:
@@ -94,12 +97,14 @@ class PassiveEstimator:
         self._services: deque[tuple[float, int, float]] = deque()  # received, bytes, service
         self._returns: deque[tuple[float, float]] = deque()  # acknowledged, return delay
         self._last_received_s = -math.inf
+        self._lock = threading.Lock()
         self.unacked_bytes = 0
 
     def on_sent(self, frame_bytes: int, now_s: float) -> None:
         """A frame was handed to the hop's socket."""
-        self._in_flight.append((frame_bytes, now_s))
-        self.unacked_bytes += frame_bytes
+        with self._lock:
+            self._in_flight.append((frame_bytes, now_s))
+            self.unacked_bytes += frame_bytes
 
     def on_ack(self, received_s: float, now_s: float) -> None:
         """The oldest frame in flight was acknowledged (without one, nothing happens).
@@ -109,6 +114,10 @@ class PassiveEstimator:
                 (`ClockOffset.to_local`).
             now_s: When the acknowledgement arrived.
         """
+        with self._lock:
+            self._take_ack(received_s, now_s)
+
+    def _take_ack(self, received_s: float, now_s: float) -> None:
         if not self._in_flight:
             return
         frame_bytes, sent_s = self._in_flight.popleft()
@@ -124,8 +133,17 @@ class PassiveEstimator:
 
     def on_lost(self) -> None:
         """The connection broke: what was in flight will not be acknowledged."""
-        self._in_flight.clear()
-        self.unacked_bytes = 0
+        with self._lock:
+            self._in_flight.clear()
+            self.unacked_bytes = 0
+
+    def backlog_s(self, now_s: float) -> float | None:
+        """Seconds in which what is not acknowledged gets across; None while the rate is unknown."""
+        with self._lock:
+            if not self.unacked_bytes:
+                return 0.0
+            estimate = self.estimate(now_s)
+            return None if estimate is None else self.unacked_bytes / estimate.bytes_per_s
 
     @property
     def rtt_s(self) -> float | None:

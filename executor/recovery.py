@@ -48,12 +48,14 @@ class Send:
         plan: The plan of this try.
         tries: Number of this try, from 1.
         direct: Whether the way uses direct links.
+        late: Whether the request's cut tables go with it: the first time, on a whole chain.
     """
 
     seq: int
     plan: Plan
     tries: int
     direct: bool
+    late: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,10 @@ class Counts:
 
 @dataclass(slots=True)
 class _Open:
-    """A request without an end; `plan` is None while it waits for a way."""
+    """A request without an end; `plan` is None while it waits for a way.
+
+    `route` is the nodes it passes, or with cut tables may pass.
+    """
 
     asked: Plan
     deadline_s: float
@@ -126,6 +131,7 @@ class _Open:
     reason: str = ""
     losses: dict[int, int] = field(default_factory=dict)
     avoid: set[int] = field(default_factory=set)
+    late: bool = False
 
 
 @dataclass(slots=True)
@@ -182,14 +188,17 @@ class Recovery:
         """Requests without an end."""
         return len(self._open)
 
-    def submitted(self, seq: int, plan: Plan, deadline_s: float, now_s: float) -> list[Instruction]:
-        """A request was submitted; `seq` is new."""
+    def submitted(
+        self, seq: int, plan: Plan, deadline_s: float, now_s: float, late: bool = False
+    ) -> list[Instruction]:
+        """A request was submitted, with cut tables if `late`; `seq` is new."""
         self.counts.submitted += 1
         until_s, reason = self._full.get(plan, (now_s, ""))
         if now_s < until_s:
             self.counts.failed += 1
             return [Fail(seq, "refused", reason, until_s - now_s)]
-        request = _Open(plan, deadline_s, patience_s=0.5 * max(0.0, deadline_s - now_s))
+        patience_s = 0.5 * max(0.0, deadline_s - now_s)
+        request = _Open(plan, deadline_s, patience_s, late=late)
         self._open[seq] = request
         return list(self._dispatch(seq, request, now_s))
 
@@ -391,7 +400,12 @@ class Recovery:
         request.sent_s = now_s
         direct = any(b > a + 1 for a, b in pairwise(request.route))
         self.counts.rerouted += direct or request.plan != request.asked
-        yield Send(seq, request.plan, request.tries, direct)
+        chain = tuple(range(len(self._nodes)))
+        whole = self._down.isdisjoint(chain) and self._broken.isdisjoint(pairwise(chain))
+        late = request.late and request.tries == 1 and whole
+        if late:
+            request.route = chain
+        yield Send(seq, request.plan, request.tries, direct, late)
 
     def _choose(self, request: _Open) -> tuple[Plan, tuple[int, ...]] | None:
         """The first plan that can be served, and its way."""

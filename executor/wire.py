@@ -13,6 +13,7 @@ Header, little-endian:
     shape (8 x u32, unused ones 0); three clock readings (f64); body length (u64), body CRC (u32)
     then the plan's cuts (u16 each)
     then, for INFER and RESULT: 4 f64 per node (`StageStamp`) and 3 f64 per hop (`HopStamp`)
+    then, for INFER with that flag: the cut tables (`executor.late`)
     then the CRC of all that (u32)
 """
 
@@ -33,6 +34,7 @@ from numpy.typing import NDArray
 
 from executor._checksum import crc32
 from executor.errors import FrameDamaged, WireError
+from executor.late import CutTable, pack_tables, parse_tables
 
 __all__ = [
     "MAX_BODY_BYTES",
@@ -69,7 +71,7 @@ _MAX_DIGITS = 32
 _MAGIC = b"SPLT"
 _FIXED = struct.Struct("<4sBBBBHBB16sQ8s8I3dQI")
 _CRC = struct.Struct("<I")
-_DIRECT = 1  # the one flag
+_DIRECT, _LATE = 1, 2  # the flags
 _DTYPES: dict[int, np.dtype[Any]] = {
     1: np.dtype("<f4"),
     2: np.dtype("<f2"),
@@ -154,6 +156,7 @@ class Header:
         clock_s: Readings for the clock exchange: sender's send, receiver's receipt and reply.
         stages: Per node, N values (INFER and RESULT only).
         hops: Per hop, N - 1 values (INFER and RESULT only).
+        late: From what nodes may pick another cut than the plan's (INFER only).
     """
 
     kind: Kind
@@ -170,6 +173,7 @@ class Header:
     clock_s: tuple[float, float, float] = (0.0, 0.0, 0.0)
     stages: list[StageStamp] = field(default_factory=list)
     hops: list[HopStamp] = field(default_factory=list)
+    late: tuple[CutTable, ...] = ()
 
     def reply(self, kind: Kind) -> Header:
         """An empty header of `kind` with this request's id and try."""
@@ -214,7 +218,7 @@ def pack(header: Header) -> bytes:
             len(header.shape),
             n,
             header.tries,
-            _DIRECT if header.direct else 0,
+            (_DIRECT if header.direct else 0) | (_LATE if header.late else 0),
             header.client,
             header.seq,
             header.digest,
@@ -227,6 +231,10 @@ def pack(header: Header) -> bytes:
         )
     except struct.error as error:
         raise WireError(f"header does not fit the wire's layout: {error}") from error
+    if header.late:
+        if header.kind is not Kind.INFER:
+            raise WireError(f"only an INFER carries cut tables, not a {header.kind.name}")
+        data += pack_tables(header.late)
     return seal(data)
 
 
@@ -274,7 +282,7 @@ def parse_header(data: bytes | memoryview) -> Header:
         raise WireError(f"expected wire version {VERSION}, got {version}; update the older side")
     if crc32(data[: -_CRC.size]) != _CRC.unpack_from(data, len(data) - _CRC.size)[0]:
         raise FrameDamaged(f"the header's checksum is wrong ({len(data)} bytes)")
-    if flags & ~_DIRECT:
+    if flags & ~(_DIRECT | _LATE):
         raise WireError(f"unknown header flags {flags:#x}")
     kind = _KINDS.get(kind_code)
     if kind is None:
@@ -294,7 +302,7 @@ def parse_header(data: bytes | memoryview) -> Header:
         clock_s=clock_s,
     )
     _parse_shape(header, dtype_code, n_dims, dims_clock[:MAX_DIMS])
-    _parse_plan(header, n_cuts, data)
+    _parse_plan(header, n_cuts, data, bool(flags & _LATE))
     return header
 
 
@@ -321,13 +329,17 @@ def _parse_shape(header: Header, code: int, n_dims: int, dims: Sequence[int]) ->
     header.shape = tuple(dims[:n_dims])
 
 
-def _parse_plan(header: Header, n_cuts: int, data: bytes | memoryview) -> None:
-    """Fill in the cuts and stamps from what follows the fixed part."""
+def _parse_plan(header: Header, n_cuts: int, data: bytes | memoryview, late: bool) -> None:
+    """Fill in the cuts, stamps and cut tables from what follows the fixed part."""
     if n_cuts > MAX_CUTS:
         raise WireError(f"a plan has at most {MAX_CUTS} cuts, got {n_cuts}")
     rest = _rest(n_cuts, header.kind in _STAMPED)
     expected = _FIXED.size + rest.size + _CRC.size
-    if len(data) != expected:
+    if late:
+        if header.kind is not Kind.INFER:
+            raise WireError(f"only an INFER carries cut tables, not a {header.kind.name}")
+        header.late = parse_tables(data[expected - _CRC.size : len(data) - _CRC.size])
+    elif len(data) != expected:
         raise WireError(f"header with {n_cuts} cuts is {expected} bytes, got {len(data)}")
     values = rest.unpack_from(data, _FIXED.size)
     header.cuts, stamps = values[:n_cuts], values[n_cuts:]

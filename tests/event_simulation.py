@@ -1,8 +1,10 @@
 """A plain event-by-event simulation of one environment, to hold the batched simulator against."""
 
 import heapq
+import itertools
 from dataclasses import dataclass, field
 
+import numpy as np
 from toy_chain import SPEC
 
 from env._chain import REPLY_RATE_FLOOR
@@ -110,3 +112,114 @@ def union(spans):
         total += max(0.0, b - max(a, reached))
         reached = max(reached, b)
     return total
+
+
+class LateReference(Reference):
+    """With late binding: the fog's turns are events of their own, and the tables are asked there.
+
+    An item's `rows` are its table's (limit, cut), its `cuts` the plan. The hop's rate is that
+    measured in earlier intervals; intervals last `dt`, up to `last_s`, when one without an end
+    begins; `rtt_s` is the hop's round trip.
+    """
+
+    def __init__(self, *args, measured_bytes, profile_rate, dt, last_s, rtt_s, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.measured_bytes, self.profile_rate = measured_bytes, profile_rate
+        self.dt, self.last_s, self.rtt_s = dt, last_s, rtt_s
+        self.choices = 0
+
+    def known(self, begin):
+        """The hop's rate as measured in the last interval before `begin` that measured any."""
+        for k in range(round(begin / self.dt), 0, -1):
+            low, high = (k - 1) * self.dt, k * self.dt
+            ended = [f for f in self.frames if low < f[2] <= high and f[3]]
+            if ended:
+                return sum(f[4] for f in ended) / sum(f[2] - f[1] for f in ended)
+        return self.profile_rate
+
+    def backlog_s(self, now_s):
+        """What the sender of hop 1 reckons it holds, seconds."""
+        held = [f for f in self.frames if f[0] <= now_s and f[2] > now_s]
+        if not held:
+            return 0.0
+        # A choice on an interval's boundary belongs to the one before.
+        begin = min(self.dt * max(0, int(np.ceil(now_s / self.dt - 1e-9)) - 1), self.last_s)
+        gone = [f for f in self.frames if begin < f[2] <= now_s and f[3]]
+        rate = self.known(begin)
+        if gone:
+            rate = sum(f[4] for f in gone) / sum(f[2] - f[1] for f in gone)
+        _, start, _, counts, size = min(held, key=lambda f: f[2])
+        elapsed = now_s - start - self.rtt_s
+        if counts and elapsed > 0:
+            rate = min(rate, size / elapsed)
+        return sum(f[4] for f in held) / rate
+
+    def choose(self, item, now_s):
+        """The fog's cut now: bounds the rest of the request's route."""
+        i, planned = item.cuts
+        backlog = self.backlog_s(now_s)
+        cut = next((c for limit, c in item.rows if backlog <= limit), planned)
+        self.choices += cut != planned
+        return max(i, cut)
+
+    def bind(self, item, cut):
+        """Give the request the route of another cut; what it has passed of it stays."""
+        edge = [s for s in item.route if s[0] < 2]
+        fresh = self.request(item.arrival_s, (item.cuts[0], cut))
+        later = [s for s in fresh.route if s[0] >= 2]
+        if not any(s[0] == 2 for s in later):
+            later.insert(0, (2, 0.0, 0.0))
+        item.route, item.back, item.cuts = [*edge, *later], fresh.back, (item.cuts[0], cut)
+
+    def run(self, items):
+        free = dict.fromkeys(range(len(self.rates)), 0.0)
+        # At one moment what comes goes before whose turn it is.
+        self.frames, queue, count = [], [], itertools.count()
+        busy_until = 0.0
+        heap = [(item.arrival_s, 0, next(count), "come", 0, item) for item in items]
+        heapq.heapify(heap)
+
+        def serve(t, step, item, station, work, overhead):
+            start = max(t, free[station])
+            end = free[station] = self.finish(station, start, work)
+            item.service[station] = (t, start, end)
+            if station == 3:
+                big = work >= self.measured_bytes or not hasattr(item, "cuts")
+                self.frames.append((t, start, end, big, work))
+            if end < float("inf"):
+                lag = self.delay(station // 2, end) + overhead if station % 2 else 0.0
+                heapq.heappush(heap, (end + lag, 0, next(count), "come", step + 1, item))
+
+        while heap:
+            t, _, _, what, step, item = heapq.heappop(heap)
+            if what == "turn":
+                if queue and t >= busy_until:
+                    arrived, step, item = queue.pop(0)
+                    if item.rows:
+                        self.bind(item, self.choose(item, t))
+                        item.rows = ()
+                    serve(arrived, step, item, *item.route[step])
+                    busy_until = free[2]
+                    if queue and busy_until < float("inf"):
+                        heapq.heappush(heap, (busy_until, 1, next(count), "turn", 0, None))
+                continue
+            if step == len(item.route):
+                item.completion_s = t + sum(
+                    self.delay(h, t)
+                    + SPEC.cut_bytes[-1] / max(self.rate(2 * h + 1, t), REPLY_RATE_FLOOR)
+                    for h in item.back
+                )
+                continue
+            station = item.route[step][0]
+            if station == 3 and getattr(item, "rows", ()) and 2 not in item.service:
+                cut = self.choose(item, t)
+                if cut > item.cuts[0]:
+                    self.bind(item, cut)
+                    station = 2
+                else:
+                    item.rows = ()
+            if station == 2:
+                queue.append((t, step, item))
+                heapq.heappush(heap, (max(t, busy_until), 1, next(count), "turn", 0, None))
+                continue
+            serve(t, step, item, *item.route[step])

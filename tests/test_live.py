@@ -41,7 +41,10 @@ class StandInClient:
         self.statuses: dict[int, NodeStatus] = {}
         self.in_flight = 0
 
-    def submit(self, x: Any, plan: Plan, scheduled_s: float | None = None) -> Future[Any]:
+    def submit(
+        self, x: Any, plan: Plan, scheduled_s: float | None = None, *, late: Any = ()
+    ) -> Future[Any]:
+        self.late = late
         if self.refuse:
             raise RequestRefused("full")
         self.plans.append(plan)
@@ -93,6 +96,34 @@ def test_records_what_was_spent(model: CostModel) -> None:
     assert active == pytest.approx([0.0, 0.0, 0.004 * completed])
     rows = np.concatenate([r.completed.cuts for r in results if r.completed is not None])
     assert rows.shape == (completed, 2)
+
+
+def test_a_plan_for_each_request_and_its_cut_table(model: CostModel) -> None:
+    late = CostModel(model.profile, model.scenario.replace(late_binding=True))
+    client = StandInClient()
+    live = LiveSystem(late, client, lambda i: i)
+    asked: list[SystemState] = []
+
+    def glance(state: SystemState) -> np.ndarray:
+        asked.append(state)
+        return np.array([[3, 8 if len(asked) % 2 else 14]])
+
+    try:
+        live.reset(1)
+        live.step(np.array([[3, 10]]))
+        (table,) = client.late
+        assert table.node == 1 and table.rows[0] == (table.rows[0][0], 10)
+        n_units = late.profile.spec.n_units
+        assert set(client.plans) == {Plan((3, 10))} and table.rows[-1] == (np.inf, n_units)
+        client.plans.clear()
+        live.glance = glance
+        live.step(np.array([[3, 10]]))
+        assert live.step(np.array([[n_units, n_units]])).state.cuts[0, 0] == 3
+    finally:
+        live.close()
+    assert len(client.plans) == len(asked) > 5
+    assert client.plans[:4] == [Plan((3, 8)), Plan((3, 14))] * 2
+    assert tuple(asked[1].cuts[0]) == (3, 8)
 
 
 def test_refused_and_failed_requests_are_lost(model: CostModel) -> None:

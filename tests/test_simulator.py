@@ -163,7 +163,7 @@ def check_records(b, reference, model, results, items, intervals):
         room = model.scenario.max_in_flight - open_
         accepted = 0
         for offset in offsets:
-            accepted += accepted + 1 <= max(0, int(room + min(rate * offset, open_)))
+            accepted += accepted + 1 <= max(0, int(room + rate * offset))
         assert (r.arrived[b], r.lost[b]) == (len(offsets), len(offsets) - accepted)
         assert s.node_load[b] == pytest.approx(1.0 - intervals[k].node_speed[b, :, -1])
         for station, here in uses.items():
