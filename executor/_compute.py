@@ -188,7 +188,7 @@ class Computer:
 
     def is_short(self, job: Job) -> bool:
         """Whether it is known to take less time than waking a thread is worth."""
-        if job.profile_repeats:
+        if job.profile_repeats or job.choose is not None:
             return False
         return 0.0 < self.estimate.stage_s(job.start, job.stop) < _SHORT_S
 

@@ -423,11 +423,14 @@ class Session:
             if isinstance(instruction, Send):
                 pending = self._requests.get(instruction.seq)
                 if pending is not None and pending.header is not None:
-                    header = pending.header  # nobody keeps it: what is sent are its bytes
-                    header.seq, header.cuts = instruction.seq, instruction.plan.cuts
-                    header.tries, header.direct = instruction.tries, instruction.direct
-                    if not instruction.late:
-                        header.late = ()
+                    header = replace(
+                        pending.header,
+                        seq=instruction.seq,
+                        cuts=instruction.plan.cuts,
+                        tries=instruction.tries,
+                        direct=instruction.direct,
+                        late=pending.header.late if instruction.late else (),
+                    )
                     self._inputs.append([pack(header), pending.body or b""])
             elif isinstance(instruction, Fail):
                 ended = self._requests.settle(instruction.seq)
