@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from agents.cli import MODEL_HELP, Parser, model_argument, positive_int, progress, run_command
-from agents.compare import best_static_cuts, paired_ratio, per_row, run_arm
+from agents.compare import paired_ratio, per_row, run_arm
 from agents.controllers import Solver, Static
 from agents.provenance import provenance
 from env.predict import CostModel
@@ -70,6 +71,7 @@ def _main(args: argparse.Namespace) -> int:
     if not all(2 <= n <= 8 for n in lengths):
         raise ConfigError(f"--nodes must be numbers from 2 to 8 like 2,3,4, got {args.nodes!r}")
     console = Console()
+    console.width = max(console.width, 100)
     with progress(console) as bar:
         task = bar.add_task("chains", total=2 * len(lengths), note="")
         rows = []
@@ -141,8 +143,7 @@ def study(
     simulator = Simulator(model, seeds, SEED, record_requests=True)
     how: dict[str, Any] = {"seed": SEED, "n_intervals": intervals, "startup": STARTUP}
     solver = per_row(run_arm(simulator, Solver(), **how), model)["cost"]
-    best = Static("brute force", best_static_cuts(simulator, **how))
-    brute = per_row(run_arm(simulator, best, **how), model)["cost"]
+    brute = _brute_force(model, seeds, how)
     return {
         "nodes": n_nodes,
         "plans": len(model.plans),
@@ -151,6 +152,19 @@ def study(
         "cost": float(solver.mean()),
         "ratio": paired_ratio(solver, brute),
     }
+
+
+def _brute_force(model: CostModel, seeds: int, how: dict[str, Any]) -> NDArray[np.float64]:
+    """Least cost per request of any candidate held throughout, per condition; all at once."""
+    drawn, plans = Simulator(model, seeds, SEED), len(model.plans)
+    drawn.reset(SEED)
+    tape = drawn.record(how["startup"] + how["n_intervals"])
+    conditions = tape.play(np.tile(np.arange(seeds), plans))
+    every = Simulator(model, plans * seeds, SEED, record_requests=True, conditions=conditions)
+    arm = Static("every plan", np.repeat(model.table.cuts, seeds, axis=0))
+    cost = per_row(run_arm(every, arm, **how), model)["cost"]
+    least: NDArray[np.float64] = cost.reshape(plans, seeds).min(axis=0)
+    return least
 
 
 def _decide_us(model: CostModel) -> dict[str, float]:

@@ -105,6 +105,7 @@ def _main(args: argparse.Namespace) -> int:
         raise ConfigError(f"--bandwidths must be Mbit/s like 20,60, got {args.bandwidths!r}")
     extent = Extent(args.plans, bandwidths, requests=args.requests)
     scenario, console = Scenario.load(args.scenario), Console()
+    console.width = max(console.width, 110)
     testbed = start_testbed(args.model, scenario)
     try:
         client = testbed.client(max_in_flight=MAX_IN_FLIGHT)
