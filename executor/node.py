@@ -228,7 +228,11 @@ class Node:
                 self._main_wake.set()
             self._mover.outcomes.append(self._computer.run(following))
             following = self._jobs.get()
-            if following is not None:
+            if following is not None and following.choose is not None:
+                with self._lock:  # it chooses by what lies on the hop, so that must be there first
+                    if not self._stopping:
+                        self._mover.turn()
+            elif following is not None:
                 self._main_wake.set()
 
     def stop(self) -> None:

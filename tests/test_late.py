@@ -292,7 +292,8 @@ def test_the_fog_changes_its_cut_within_the_frame_and_the_output_stays():
     chain = build_chain("mobilenet_v2")
     pairs = [(x, chain.run(x, 0, N)) for x in map(sample_input, range(4))]
     torch.set_num_threads(threads)
-    table = [CutTable(1, ((0.2, 8), (math.inf, N)))]
+    # What waits counts by how overdue the first frame is: a fast machine sees little of it yet.
+    table = [CutTable(1, ((0.05, 8), (math.inf, N)))]
     with Testbed("mobilenet_v2", nodes=nodes, hops=hops) as testbed:
         client = testbed.client(timeout_s=DEADLINE_S)
 
