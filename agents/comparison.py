@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,10 +58,8 @@ def compare(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         raise ConfigError("arm oracle knows the future, which only --backend simulator can tell")
     checkpoint = Checkpoint.load(directory, name) if set(arms) & set(POLICY_ARMS) else None
     profile = _profile(args, directory, scenario)
-    # A guard for each of many environments would tell of every fall-back.
-    logging.getLogger("agents.guard").setLevel(logging.ERROR)
     by_condition: list[list[Cell]] = []
-    with progress(console) as bar:
+    with progress(console) as bar, _quiet_guards():
         for condition in conditions:
             played = condition.scenario
             at_rates = [played.replace(capacity_fraction=f, rate_rps=0.0) for f in rates]
@@ -111,6 +110,18 @@ def compare(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         **({"split": args.split or "test"} if args.traces is not None else {}),
         "trajectory": _trajectory(conditions[0].name, by_condition[0]),
     }
+
+
+@contextmanager
+def _quiet_guards() -> Iterator[None]:
+    """Keep the guards from telling of every fall-back: there is one for each environment."""
+    log = logging.getLogger("agents.guard")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _families(conditions: Sequence[Condition], cells_: Sequence[list[Cell]]) -> dict[str, Any]:
