@@ -17,27 +17,10 @@ from rich.table import Table
 from agents.compare import paired_ratio
 from executor.errors import ConfigError
 
-__all__ = ["STARTUP_S", "cadence_table", "cadences", "parse_intervals", "run_each"]
+__all__ = ["STARTUP_S", "cadence_table", "cadences", "run_each"]
 
 STARTUP_S = 80.0  # the same for all, and long enough for the reference's start-up at 10 s
 USUAL_S = 1.0
-
-
-def parse_intervals(text: str | None) -> list[float]:
-    """The intervals of `--interval`; none where it was not given.
-
-    Raises:
-        ConfigError: Not different positive numbers.
-    """
-    if text is None:
-        return []
-    try:
-        intervals = [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ConfigError(f"--interval must be seconds like 0.05,1,10, got {text!r}") from error
-    if not all(x > 0 for x in intervals) or len(set(intervals)) < len(intervals):
-        raise ConfigError(f"--interval must be different seconds above 0, got {text!r}")
-    return intervals
 
 
 def run_each(

@@ -8,7 +8,6 @@ candidate held throughout, on the same conditions, the best of each condition ta
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from agents.cli import MODEL_HELP, Parser, model_argument, positive_int, progress, run_command
+from agents.cli import MODEL_HELP, Parser, model_argument, positive_int, progress, run_study
 from agents.compare import paired_ratio, per_row, run_arm
 from agents.controllers import Solver, Static
 from agents.provenance import provenance
@@ -30,8 +29,7 @@ from env.scenario import HopSetup, NodeSetup, Process, Scenario
 from env.simulator import Simulator
 from env.synthetic import synthetic_model
 from executor.errors import ConfigError
-from executor.files import write_atomic
-from executor.logs import add_log_arguments, configure_logging
+from executor.files import write_json
 from executor.modelref import model_label
 
 __all__ = ["chain_scenario", "main", "study"]
@@ -44,11 +42,7 @@ TIMED = 300
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code (2: bad input, one line on stderr)."""
-    args = _parser().parse_args(argv)
-    words = sys.argv[1:] if argv is None else argv
-    args.command = " ".join(["python -m agents.chains", *words])
-    configure_logging(args)
-    return run_command(lambda: _main(args))
+    return run_study("agents.chains", _parser(), _main, argv)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,7 +56,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--seeds", type=positive_int, default=4, help="conditions")
     add("--intervals", type=positive_int, default=20)
     add("--json", type=Path, help="write the results here")
-    add_log_arguments(parser)
     return parser
 
 
@@ -96,7 +89,7 @@ def _main(args: argparse.Namespace) -> int:
     if args.json is not None:
         made = provenance(None, args.command)
         result = {"model": model_label(args.model), "rows": rows, "made": made}
-        write_atomic(args.json, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+        write_json(args.json, result)
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,8 +14,18 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from executor.arguments import Parser
 from executor.errors import ConfigError, SplitpilotError
+from executor.logs import add_log_arguments, configure_logging
 
-__all__ = ["CHECKPOINTS", "MODEL_HELP", "Parser", "model_argument", "progress", "run_command"]
+__all__ = [
+    "CHECKPOINTS",
+    "MODEL_HELP",
+    "Parser",
+    "model_argument",
+    "numbers",
+    "progress",
+    "run_command",
+    "run_study",
+]
 
 # What writing meets on a full or read-only disk, in a library's hands too (TensorBoard's files).
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
@@ -49,6 +59,54 @@ def positive_int(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def numbers(
+    option: str, text: str | None, what: str, example: str, most: float = float("inf")
+) -> list[float]:
+    """An option's comma-separated numbers, all different; none where it was not given.
+
+    Args:
+        option: Its name, "--rates".
+        text: What was given.
+        what: What the numbers are: "seconds".
+        example: Such numbers.
+        most: They lie between 0 and this, both left out.
+
+    Raises:
+        ConfigError: They are not; says what was expected.
+    """
+    if text is None:
+        return []
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"{option} must be {what} like {example}, got {text!r}") from error
+    if not all(0 < x < most for x in values) or len(set(values)) < len(values):
+        raise ConfigError(f"{option} must be different {what} above 0, got {text!r}")
+    return values
+
+
+def run_study(
+    module: str,
+    parser: argparse.ArgumentParser,
+    main: Callable[[argparse.Namespace], int],
+    argv: Sequence[str] | None,
+) -> int:
+    """Run a command that writes down how it was called (`args.command`).
+
+    Args:
+        module: "agents.chains".
+        parser: Of its arguments; those of logging are added.
+        main: Runs it; returns the exit code.
+        argv: Its words; the process's own when None.
+    """
+    add_log_arguments(parser)
+    args = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args.command = " ".join([f"python -m {module}", *words])
+    configure_logging(args)
+    return run_command(lambda: main(args))
 
 
 def run_command(main: Callable[[], int]) -> int:

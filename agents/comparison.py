@@ -16,7 +16,7 @@ from rich.console import Console
 
 from agents import cells
 from agents.cells import Cell
-from agents.cli import CHECKPOINTS, progress
+from agents.cli import CHECKPOINTS, numbers, progress
 from agents.compare import BATTERY_WH, ArmRun, per_row, summarise
 from agents.controllers import ARMS
 from agents.provenance import provenance, without_folders
@@ -50,7 +50,7 @@ def compare(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         raise ConfigError(f"--startup-s must be >= 0, got {args.startup_s}")
     conditions = [replace(c, scenario=_at_cadence(args, c.scenario)) for c in _conditions(args)]
     scenario = conditions[0].scenario
-    rates = _positive("--rates", args.rates, "fractions", "0.4,0.8", 100.0)
+    rates = numbers("--rates", args.rates, "fractions", "0.4,0.8", 100.0)
     name = model_label(args.model)
     directory = args.checkpoint or CHECKPOINTS / name
     arms = _arms(args.arms, directory, scenario.n_nodes, console)
@@ -217,7 +217,7 @@ def _conditions(args: argparse.Namespace) -> list[Condition]:
     """What the arms will meet: a scenario, several, measured traces, or a pace of change."""
     if args.split is not None and args.traces is None:
         raise ConfigError("--split names a part of --traces DIR; give both")
-    paces = _positive("--change-every", args.change_every, "seconds", "0.05,1,60", float("inf"))
+    paces = numbers("--change-every", args.change_every, "seconds", "0.05,1,60")
     names = [None] if args.scenario is None else [n for n in args.scenario.split(",") if n]
     scenarios = [Scenario.load(name) for name in names]
     if not scenarios:
@@ -249,19 +249,6 @@ def _at_cadence(args: argparse.Namespace, scenario: Scenario) -> Scenario:
     if args.interval_s is not None:
         scenario = scenario.replace(interval_s=args.interval_s)
     return scenario.replace(late_binding=True) if args.late_binding else scenario
-
-
-def _positive(option: str, text: str | None, what: str, example: str, most: float) -> list[float]:
-    """An option's comma-separated numbers, all different, above 0 and below `most`."""
-    if text is None:
-        return []
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ConfigError(f"{option} must be numbers like {example}, got {text!r}") from error
-    if not all(0 < x < most for x in values) or len(set(values)) < len(values):
-        raise ConfigError(f"{option} must be different {what} above 0, got {text!r}")
-    return values
 
 
 def _arms(text: str | None, directory: Path, n_nodes: int, console: Console) -> list[str]:

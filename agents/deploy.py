@@ -31,6 +31,7 @@ from agents.guard import GuardedController
 from agents.metrics import agent_routes
 from agents.nodes import open_cluster, open_testbed
 from agents.runtime import Checkpoint
+from agents.scoring import ScoringPolicy
 from agents.session import Session
 from agents.telemetry import Telemetry
 from env.live import LiveSystem
@@ -48,6 +49,7 @@ __all__ = ["main"]
 log = logging.getLogger("agents.deploy")  # also where it is __main__
 
 UNLIMITED_S = 7200.0
+ASKED_PER_REQUEST = ("policy", "policy-all", "solver")
 CONTROLLERS = ("policy", "policy-all", "solver", "paper", "static", "edge", "fog", "cloud")
 
 
@@ -144,7 +146,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--per-request",
         action="store_true",
-        help="policy and solver: decide again for each request, from the state as it is submitted",
+        help="policies and solver: decide again for every request, as it is submitted",
     )
     parser.add_argument(
         "--late-binding",
@@ -190,10 +192,13 @@ def _deploy(args: argparse.Namespace) -> int:
     console = Console()
     name = model_label(args.model)
     log_dir = args.runs / f"deploy-{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if args.per_request and args.controller not in ("policy", "solver"):
+    if args.per_request and args.controller not in ASKED_PER_REQUEST:
         raise ConfigError(
-            f"--per-request needs --controller policy or solver, got {args.controller}"
+            f"--per-request needs --controller {', '.join(ASKED_PER_REQUEST)}; "
+            f"got {args.controller}"
         )
+    if args.controller == "policy-all":
+        ScoringPolicy.load(CHECKPOINTS / "all")  # missing or damaged: known before nodes start
     checkpoint = None
     if args.controller == "policy" or args.checkpoint:
         checkpoint = Checkpoint.load(args.checkpoint or CHECKPOINTS / name, name)

@@ -15,15 +15,15 @@ from typing import Any
 
 from rich.console import Console
 
-from agents.cadence import cadence_table, parse_intervals, run_each
-from agents.cli import MODEL_HELP, Parser, model_argument, positive_int, run_command
+from agents.cadence import cadence_table, run_each
+from agents.cli import MODEL_HELP, Parser, model_argument, numbers, positive_int, run_command
 from agents.comparison import compare
 from agents.controllers import ARMS
 from agents.evaluation_page import write_report
 from agents.report import TABLE_WIDTH, plot, table
 from env.splits import PARTS
 from executor.errors import ConfigError
-from executor.files import write_atomic
+from executor.files import write_json
 from executor.logs import add_log_arguments, configure_logging
 
 __all__ = ["main"]
@@ -57,14 +57,14 @@ def _main(args: argparse.Namespace) -> int:
     elif args.model is None:
         raise ConfigError("give --model NAME, or --from-json FILE of an earlier run")
     else:
-        intervals = parse_intervals(args.interval)
+        intervals = numbers("--interval", args.interval, "seconds", "0.05,1,10")
         if len(intervals) > 1:
             return _main_each(args, intervals, console)
         args.interval_s = intervals[0] if intervals else None
         result = compare(args, console)
     _show(result, console)
     if args.json is not None:
-        write_atomic(args.json, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+        write_json(args.json, result)
     if args.plot is not None:
         plot(result, args.plot)
     if args.report is not None:
@@ -81,7 +81,7 @@ def _main_each(args: argparse.Namespace, intervals: list[float], console: Consol
     for rate, arms in result["cadence"].items():
         console.print(cadence_table(f"{rate} of capacity: cost by interval, x 1 s", arms))
     if args.json is not None:
-        write_atomic(args.json, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+        write_json(args.json, result)
     return 0
 
 

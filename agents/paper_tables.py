@@ -10,7 +10,6 @@ found by trying every one.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -23,19 +22,19 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as TextTable
 
-from agents.cli import CHECKPOINTS, Parser, positive_int, run_command
+from agents.cli import CHECKPOINTS, Parser, positive_int, run_study
 from agents.compare import ArmRun, run_arm
 from agents.controllers import ArmContext, Controller, Solver, Static, make_arm
 from agents.provenance import provenance
 from agents.runtime import Checkpoint
+from env.conditions import mean_delay_s
 from env.cost import PAPER_CLOUD_W, PAPER_EDGE_W, PAPER_FOG_W, Cost
 from env.predict import CostModel
 from env.reference import Measured, closed_loop, measured, reference_profile
 from env.scenario import HopSetup, Scenario
 from env.simulator import Simulator
 from executor.errors import ConfigError
-from executor.files import write_atomic
-from executor.logs import add_log_arguments, configure_logging
+from executor.files import write_json
 from executor.model import model_spec
 from executor.plan import Plan
 
@@ -54,11 +53,7 @@ FIGURES = ("latency_ms", "compute_j", "full_j")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code (2: bad input, one line on stderr)."""
-    args = _parser().parse_args(argv)
-    words = sys.argv[1:] if argv is None else argv
-    args.command = " ".join(["python -m agents.paper_tables", *words])
-    configure_logging(args)
-    return run_command(lambda: _main(args))
+    return run_study("agents.paper_tables", _parser(), _main, argv)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,7 +66,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--requests", type=positive_int, default=300, help="in the steady state, per arm")
     add("--json", type=Path, help="write the results here")
     add("--report", type=Path, help="write a page with the tables into this folder")
-    add_log_arguments(parser)
     return parser
 
 
@@ -97,7 +91,7 @@ def _main(args: argparse.Namespace) -> int:
     for table in text_tables(result):
         console.print(table)
     if args.json is not None:
-        write_atomic(args.json, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+        write_json(args.json, result)
     if args.report is not None:
         from agents.paper_page import write_page
 
@@ -148,7 +142,7 @@ def study(name: str, reading: str, requests: int) -> dict[str, Any]:
     unconstrained = {"static": constrained["static"]}
     unconstrained |= {arm: _arm(free, controller, requests) for arm, controller in arms}
     return {
-        "one_way_delay_ms": 1e3 * float(scenario.hops[0].one_way_delay_s),  # type: ignore[arg-type]
+        "one_way_delay_ms": 1e3 * mean_delay_s(scenario.hops[0]),
         "single": {"ms": (1e3 * whole_s).tolist(), "j": (WATTS * whole_s).tolist()},
         "constrained": constrained,
         "free": {**unconstrained, **_clairvoyants(free)},

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from agents.controllers import Controller, Decision
-from env._snapshot import take_state
 from env.cost import IntervalRecord
 from env.predict import CostModel
 from env.state import SystemState
@@ -45,7 +44,7 @@ class PerRow:
         for b, controller in enumerate(self._rows):
             index = np.array([b])
             own = None if last is None else _row(last, index)
-            decisions.append(controller.decide(take_state(state, index), own))
+            decisions.append(controller.decide(state.take(index), own))
         cuts = np.concatenate([d.cuts for d in decisions])
         none = np.zeros((1, cuts.shape[1]))
         probes = [none if d.probe_bytes is None else d.probe_bytes for d in decisions]
@@ -60,4 +59,4 @@ def _row(result: StepResult, index: NDArray[np.int64]) -> StepResult:
         own = done.env == index[0]
         done = Completed(**{f.name: getattr(done, f.name)[own] for f in fields(Completed)})
         done.env = np.zeros_like(done.env)
-    return StepResult(take_state(result.state, index), IntervalRecord(**record), done)
+    return StepResult(result.state.take(index), IntervalRecord(**record), done)

@@ -8,7 +8,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from executor.errors import ConfigError
+from executor.figures import load_pyplot, save_figure
 
 __all__ = ["TABLE_WIDTH", "plot", "table"]
 
@@ -76,15 +76,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     Raises:
         ConfigError: matplotlib is missing, or the file cannot be written.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ConfigError(
-            "plotting needs matplotlib: pip install 'splitpilot[plot]' (or pip install matplotlib)"
-        ) from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     names = list(result["arms"])
     rates = list(result["by_rate"])
     panels = (
@@ -116,9 +108,4 @@ def plot(result: dict[str, Any], path: Path) -> None:
     runs = "one run" if result["seeds"] == 1 else f"{result['seeds']} seeds, 95 % intervals"
     at = "" if len(rates) > 1 else f", {rates[0]} of capacity"
     figure.suptitle(f"{result['model']}, {result['backend']}{at}, {runs}")
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot write the figure {path}: {error}") from error
-    finally:
-        pyplot.close(figure)
+    save_figure(figure, path)

@@ -8,7 +8,6 @@ arrivals. Also `python -m agents.evaluate --sim-to-real`.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as TextTable
 
-from agents.cli import MODEL_HELP, Parser, model_argument, positive_int, progress, run_command
+from agents.cli import (
+    MODEL_HELP,
+    Parser,
+    model_argument,
+    numbers,
+    positive_int,
+    progress,
+    run_study,
+)
 from agents.compare import ArmRun, run_arm
 from agents.controllers import Static
 from agents.nodes import calibrate, measure_profile, random_inputs, spread, start_testbed
@@ -33,9 +40,7 @@ from env.predict import CostModel, PlanTable
 from env.scenario import HopSetup, NodeSetup, Process, Scenario
 from env.simulator import Simulator
 from executor.client import Client
-from executor.errors import ConfigError
-from executor.files import write_atomic
-from executor.logs import add_log_arguments, configure_logging
+from executor.files import write_json
 from executor.modelref import model_label
 from executor.plan import Plan, candidate_plans
 from executor.profile import Profile
@@ -71,12 +76,7 @@ class Extent:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code (2: bad input, one line on stderr)."""
-    args = _parser().parse_args(argv)
-    args.command = " ".join(
-        ["python -m agents.sim_to_real", *(sys.argv[1:] if argv is None else argv)]
-    )
-    configure_logging(args)
-    return run_command(lambda: _main(args))
+    return run_study("agents.sim_to_real", _parser(), _main, argv)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,17 +92,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--requests", type=positive_int, default=extent.requests, help="mean, per cell")
     add("--json", type=Path, help="write the results here")
     add("--report", type=Path, help="write a page with a table and figures into this folder")
-    add_log_arguments(parser)
     return parser
 
 
 def _main(args: argparse.Namespace) -> int:
-    try:
-        bandwidths = tuple(float(x) for x in args.bandwidths.split(","))
-    except ValueError:
-        bandwidths = ()
-    if not bandwidths or not all(0 < x < float("inf") for x in bandwidths):
-        raise ConfigError(f"--bandwidths must be Mbit/s like 20,60, got {args.bandwidths!r}")
+    bandwidths = tuple(numbers("--bandwidths", args.bandwidths, "Mbit/s", "20,60"))
     extent = Extent(args.plans, bandwidths, requests=args.requests)
     scenario, console = Scenario.load(args.scenario), Console()
     console.width = max(console.width, 110)
@@ -135,7 +129,7 @@ def _main(args: argparse.Namespace) -> int:
     }
     _show(result, console)
     if args.json is not None:
-        write_atomic(args.json, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+        write_json(args.json, result)
     if args.report is not None:
         from agents.sim_to_real_page import write_page
 

@@ -20,7 +20,6 @@ from env.predict import CostModel
 from env.scenario import Scenario
 from env.splits import split
 from env.synthetic import synthetic_model
-from executor.errors import ConfigError
 from executor.profile import Profile
 
 __all__ = ["main"]
@@ -48,8 +47,6 @@ def main(argv: list[str] | None = None) -> int:
         parts = split(args.traces, scenarios[0])
         scenarios += [c.scenario for c in parts.train]
         validated = [*validated, *(c.scenario for c in parts.validation)]
-    if any(s.n_nodes != 3 for s in scenarios):
-        raise ConfigError("the policy for all models is trained on chains of three nodes")
     defaults = ScoringSettings(seed=args.seed)
     lessons: HindsightSettings = replace(defaults.hindsight, rounds=args.rounds)
     with progress(console) as bar:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from env._stations import RequestStore, Station
 from env.conditions import IntervalConditions
 from env.state import SystemState
 
-__all__ = ["Queued", "Snapshot", "take_state"]
+__all__ = ["Queued", "Snapshot"]
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
@@ -146,8 +146,3 @@ class Snapshot:
     def batch(self) -> int:
         """Number of environments B."""
         return len(self.n_ref)
-
-
-def take_state(state: SystemState, index: I64) -> SystemState:
-    """Environment b of the result is in the state of `state`'s environment index[b]."""
-    return SystemState(**{f.name: getattr(state, f.name)[index] for f in fields(state)})

@@ -31,7 +31,7 @@ from env._accounting import (
 from env._chain import Chain, Delays
 from env._late import FOG, LateBinding
 from env._pings import Pings, send_probes
-from env._snapshot import Queued, Snapshot, take_state
+from env._snapshot import Queued, Snapshot
 from env._stations import NO_SLOTS, NO_TIMES, Departures, Rates, RequestStore, route
 from env.conditions import ConditionsSource, IntervalConditions, SharedConditions
 from env.cost import IntervalRecord
@@ -267,7 +267,7 @@ class Simulator:
             due_s=self._due_s.copy(),
             pings=None if self._pings is None else self._pings.take(np.arange(self.batch)),
             probing=self._probing.copy(),
-            state=take_state(self._state, np.arange(self.batch)),
+            state=self._state.take(np.arange(self.batch)),
             held=None if self._last is None else self._last.held(),
             queued=Queued.of(self._store, self._stations, back),
             recorded=self.record_requests,
@@ -313,7 +313,7 @@ class Simulator:
         self._measured_age_s = snapshot.measured_age_s[index]
         self._due_s = snapshot.due_s[index]
         self._pings = None if snapshot.pings is None else snapshot.pings.take(index)
-        self._state = take_state(snapshot.state, index)
+        self._state = snapshot.state.take(index)
         self._last = None if snapshot.held is None else snapshot.held.take(index)
         return self._state
 

@@ -5,7 +5,7 @@ The simulator, the real environment and deployment all build `SystemState` and e
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,6 +61,10 @@ class SystemState:
     def __post_init__(self) -> None:
         if not self.node_up.size:
             self.node_up = np.ones(self.node_load.shape, dtype=np.bool_)
+
+    def take(self, index: I64) -> SystemState:
+        """Environment b of the result is in the state of this one's environment index[b]."""
+        return SystemState(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
     @property
     def batch(self) -> int:

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from executor.client import Client, Reply, RequestRecord
 from executor.errors import RequestError, RequestRefused, RequestTimeout
 from executor.plan import Plan
-from executor.testbed import HOST, Testbed
+from executor.ports import HOST
+from executor.testbed import Testbed
 from executor.wire import Header, Kind, array_body, pack
 
 __all__ = ["FAULTS", "Fault", "Load", "Outcome", "Ticket", "full_disk_problem", "inject"]

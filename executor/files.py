@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from executor.errors import ConfigError
 
-__all__ = ["write_atomic", "write_together"]
+__all__ = ["write_atomic", "write_json", "write_together"]
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -19,6 +21,11 @@ def write_atomic(path: Path, data: bytes) -> None:
         ConfigError: It cannot be written (no space, no permission, ...); what was there stays.
     """
     write_together({Path(path): data})
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write plain values as JSON, as `write_atomic` does."""
+    write_atomic(path, (json.dumps(values, indent=1, allow_nan=False) + "\n").encode())
 
 
 def write_together(files: Mapping[Path, bytes]) -> None:

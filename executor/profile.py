@@ -19,7 +19,7 @@ from executor.errors import ConfigError, ProfileError
 from executor.files import write_atomic
 from executor.plan import ModelSpec
 
-__all__ = ["HopModel", "NodePower", "NodeProfile", "Profile", "write_atomic"]
+__all__ = ["HopModel", "NodePower", "NodeProfile", "Profile"]
 
 FORMAT_VERSION = 1
 

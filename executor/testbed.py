@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -25,6 +24,7 @@ from executor.cluster import Cluster, DirectLink, NodeConfig
 from executor.errors import ConfigError, HandshakeError
 from executor.modelref import absolute_model
 from executor.pacing import LoadTrace, Pacer
+from executor.ports import HOST, reserve_port
 from executor.shaping import DelayTrace, RateTrace, check_delay
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = ["DEFAULT_HOPS", "DEFAULT_NODES", "Relay", "Testbed", "TestbedHop", "TestbedNode"]
 
-HOST = "127.0.0.1"
 START_TIMEOUT_S = 120.0
 CONNECT_TIMEOUT_S = 30.0
 
@@ -276,7 +275,7 @@ class Testbed:
         folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="splitpilot-"))
         self._relay = self._stack.enter_context(Relay())
         with ExitStack() as reserved:
-            ports = [_reserve_port(reserved) for _ in self.nodes]
+            ports = [reserve_port(reserved) for _ in self.nodes]
             dials = [ports[0]]
             for port, hop in zip(ports[1:], self.hops, strict=True):
                 dials.append(self._relay.add_hop(port, hop))
@@ -487,15 +486,3 @@ class Testbed:
         for child in self._children:
             child.close()
         self._stack.close()
-
-
-def _reserve_port(stack: ExitStack) -> int:
-    """A free port that stays reserved while `stack` is open: bound, not listening.
-
-    With SO_REUSEADDR on both sides the child may bind and listen on it meanwhile, so there is no
-    moment at which somebody else could take it.
-    """
-    sock = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    sock.bind((HOST, 0))
-    return int(sock.getsockname()[1])

@@ -76,6 +76,13 @@ class Reference:
                 back.append(k)
         return Item(arrival_s, route, back)
 
+    def way_back_s(self, item, t):
+        reply = SPEC.cut_bytes[-1]
+        return sum(
+            self.delay(h, t) + reply / max(self.rate(2 * h + 1, t), REPLY_RATE_FLOOR)
+            for h in item.back
+        )
+
     def run(self, items):
         free = dict.fromkeys(range(len(self.rates)), 0.0)
         due = dict.fromkeys(range(len(self.rates)), 0.0)
@@ -84,11 +91,7 @@ class Reference:
         while heap:
             t, i, step, item = heapq.heappop(heap)
             if step == len(item.route):
-                item.completion_s = t + sum(
-                    self.delay(h, t)
-                    + SPEC.cut_bytes[-1] / max(self.rate(2 * h + 1, t), REPLY_RATE_FLOOR)
-                    for h in item.back
-                )
+                item.completion_s = t + self.way_back_s(item, t)
                 continue
             station, work, overhead = item.route[step]
             start = max(t, free[station])
@@ -204,11 +207,7 @@ class LateReference(Reference):
                         heapq.heappush(heap, (busy_until, 1, next(count), "turn", 0, None))
                 continue
             if step == len(item.route):
-                item.completion_s = t + sum(
-                    self.delay(h, t)
-                    + SPEC.cut_bytes[-1] / max(self.rate(2 * h + 1, t), REPLY_RATE_FLOOR)
-                    for h in item.back
-                )
+                item.completion_s = t + self.way_back_s(item, t)
                 continue
             station = item.route[step][0]
             if station == 3 and getattr(item, "rows", ()) and 2 not in item.service:

@@ -11,7 +11,6 @@ from agents import evaluate
 from agents.controllers import Static, cloud_only
 from agents.guard import GuardedController, GuardSettings
 from agents.per_row import PerRow
-from env._snapshot import take_state
 from env.changing import Changing
 from env.conditions import BYTES_PER_S_PER_MBPS
 from env.cost import IntervalRecord
@@ -112,10 +111,10 @@ def test_a_guard_for_each_environment_decides_as_it_would_alone() -> None:
                 name: getattr(last.record, name)[1:2]
                 for name in IntervalRecord.__dataclass_fields__
             }
-            own = StepResult(take_state(state, second), IntervalRecord(**record))
+            own = StepResult(state.take(second), IntervalRecord(**record))
         decision = rows.decide(state, last)
         np.testing.assert_array_equal(
-            alone.decide(take_state(state, second), own).cuts, decision.cuts[1:2]
+            alone.decide(state.take(second), own).cuts, decision.cuts[1:2]
         )
         fell_back |= bool(alone.reason)
         last = simulator.step(decision.cuts, decision.probe_bytes)

@@ -276,7 +276,7 @@ def test_command_runs_a_live_system_seed_by_seed(profile_file, tmp_path, monkeyp
         (["--arms", "solver,magic"], "unknown arm 'magic'; expected some of edge"),
         (["--arms", "policy"], "no checkpoint in"),
         (["--backend", "testbed", "--arms", "oracle"], "only --backend simulator can tell"),
-        (["--rates", "fast"], "--rates must be numbers like 0.4,0.8, got 'fast'"),
+        (["--rates", "fast"], "--rates must be fractions like 0.4,0.8, got 'fast'"),
         (["--rates", "0.4,-1"], "--rates must be different fractions above 0"),
         (["--startup-s", "-1"], "--startup-s must be >= 0"),
         (["--interval", "often"], "--interval must be seconds like 0.05,1,10, got 'often'"),

@@ -1,13 +1,12 @@
-"""The node's parts without sockets: fairness, backlog, clocks, relaying, load."""
+"""The node's parts without sockets: fairness, backlog, clocks, relaying."""
 
 import threading
 
 import numpy as np
 import pytest
 
-from executor._compute import FairQueue, Job, Outcome, WorkEstimate
+from executor._compute import FairQueue, Job, Outcome
 from executor._hop import Hop, ProbeRun, localise
-from executor._load import HostLoad
 from executor._nodecore import CoreConfig, NodeCore
 from executor._pending import Pending, PendingTable
 from executor._records import NodeStatus, RequestRecord
@@ -88,17 +87,6 @@ def test_the_queue_is_bounded_and_closing_wakes_the_reader():
     waiting.close()
     thread.join(10)
     assert got == [None]
-
-
-def test_work_is_estimated_from_stages_until_there_is_a_profile():
-    estimate = WorkEstimate(4)
-    assert estimate.stage_s(0, 4) == 0.0
-    estimate.learn_stage(0, 2, 0.4)
-    assert estimate.stage_s(0, 2) == pytest.approx(0.4)
-    assert estimate.stage_s(1, 4) == pytest.approx(0.6)
-    estimate.learn_profile((0.1, 0.2, 0.3, 0.4))
-    estimate.learn_stage(0, 2, 9.0)
-    assert estimate.stage_s(1, 4) == pytest.approx(0.9)
 
 
 def test_a_hop_counts_backlog_until_it_is_acknowledged():
@@ -399,20 +387,6 @@ def test_a_request_ends_once_and_is_counted_once():
     assert len(table.close()) == 1 and table.in_flight == 0
     with pytest.raises(HandshakeError):
         table.register(Pending(5.0))
-
-
-def test_host_load_is_what_others_use(tmp_path, monkeypatch):
-    stat = tmp_path / "stat"
-    monkeypatch.setattr("executor._load.os.cpu_count", lambda: 2)
-    monkeypatch.setattr("executor._load.os.sysconf", lambda name: 100)
-    monkeypatch.setattr("executor._load.time.monotonic", lambda: 0.0)
-    monkeypatch.setattr("executor._load.time.process_time", lambda: 1.0)
-    stat.write_text("cpu  100 0 0 500 0 0 0 0 0 0\ncpu0 1\n")
-    load = HostLoad(stat)
-    stat.write_text("cpu  150 20 30 600 0 0 0 0 0 0\n")
-    assert load.read(0.5) == 0.0
-    assert load.read(1.0) == pytest.approx(0.5)
-    assert HostLoad(tmp_path / "absent").read(5.0) == 0.0
 
 
 def of_client(client, cuts, seq):

@@ -4,6 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from executor._compute import WorkEstimate
+from executor._load import HostLoad
 from executor.errors import ConfigError
 from executor.pacing import MAX_LOAD, LoadTrace, Pacer, StepTrace
 
@@ -197,3 +199,28 @@ def test_real_clocks_pace_a_real_stage():
     total, work_s = pacer.run(lambda: sum(range(100_000)))
     assert total == 4_999_950_000
     assert work_s > 0
+
+
+def test_work_is_estimated_from_stages_until_there_is_a_profile():
+    estimate = WorkEstimate(4)
+    assert estimate.stage_s(0, 4) == 0.0
+    estimate.learn_stage(0, 2, 0.4)
+    assert estimate.stage_s(0, 2) == pytest.approx(0.4)
+    assert estimate.stage_s(1, 4) == pytest.approx(0.6)
+    estimate.learn_profile((0.1, 0.2, 0.3, 0.4))
+    estimate.learn_stage(0, 2, 9.0)
+    assert estimate.stage_s(1, 4) == pytest.approx(0.9)
+
+
+def test_host_load_is_what_others_use(tmp_path, monkeypatch):
+    stat = tmp_path / "stat"
+    monkeypatch.setattr("executor._load.os.cpu_count", lambda: 2)
+    monkeypatch.setattr("executor._load.os.sysconf", lambda name: 100)
+    monkeypatch.setattr("executor._load.time.monotonic", lambda: 0.0)
+    monkeypatch.setattr("executor._load.time.process_time", lambda: 1.0)
+    stat.write_text("cpu  100 0 0 500 0 0 0 0 0 0\ncpu0 1\n")
+    load = HostLoad(stat)
+    stat.write_text("cpu  150 20 30 600 0 0 0 0 0 0\n")
+    assert load.read(0.5) == 0.0
+    assert load.read(1.0) == pytest.approx(0.5)
+    assert HostLoad(tmp_path / "absent").read(5.0) == 0.0

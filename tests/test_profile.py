@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from executor.errors import ConfigError, ProfileError
+from executor.files import write_atomic
 from executor.plan import ModelSpec
-from executor.profile import HopModel, NodePower, NodeProfile, Profile, write_atomic
+from executor.profile import HopModel, NodePower, NodeProfile, Profile
 from executor.profiler import profile_units
 
 SPEC = ModelSpec("toy", ("a", "b", "c"), (100, 40, 10, 4), (True, False, True), 2, (1, 2))

@@ -63,7 +63,7 @@ def test_short_form_on_the_testbed(tmp_path: Path, capsys: pytest.CaptureFixture
     ("argv", "message"),
     [
         (["--bandwidths", "fast"], "--bandwidths must be Mbit/s like 20,60, got 'fast'"),
-        (["--bandwidths", "20,-1"], "--bandwidths must be Mbit/s"),
+        (["--bandwidths", "20,-1"], "--bandwidths must be different Mbit/s above 0, got '20,-1'"),
         (["--scenario", "nowhere.toml"], "cannot read scenario nowhere.toml"),
     ],
 )

@@ -8,16 +8,17 @@ argument.
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from executor.arguments import Parser
 from executor.errors import ConfigError, SplitpilotError
+from executor.figures import load_pyplot
+from executor.files import write_json
 
 if TYPE_CHECKING:
     from executor.bench.cases import Case
@@ -74,8 +75,8 @@ def _check(args: argparse.Namespace) -> None:
     for path in (args.json, args.plot):
         if path is not None and not path.absolute().parent.is_dir():
             raise ConfigError(f"cannot write {path}: there is no folder {path.absolute().parent}")
-    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError('--plot needs matplotlib: pip install "splitpilot[plot]"')
+    if args.plot is not None:
+        load_pyplot()  # missing, it is missed before anything is measured
 
 
 def _sizes(text: str | None) -> list[int]:
@@ -124,7 +125,7 @@ def _run(args: argparse.Namespace) -> int:
     limit_s = _CASE_LIMIT_S + 10 * args.seconds
     done: list[dict[str, Any]] = []
     for case in _cases(args):
-        done.append(summary(in_process(lambda: run_case(case, systems, effort), limit_s)))  # noqa: B023
+        done.append(summary(in_process(partial(run_case, case, systems, effort), limit_s)))
         print(table(done[-1:]), flush=True)
     _store({"facts": facts(), "missing": missing, "cases": done}, args.json)
     if args.plot is not None:
@@ -153,12 +154,8 @@ def _run_long(args: argparse.Namespace) -> int:
 
 
 def _store(result: dict[str, Any], path: Path | None) -> None:
-    if path is None:
-        return
-    try:
-        path.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error}") from error
+    if path is not None:
+        write_json(path, result)
 
 
 def _cases(args: argparse.Namespace) -> Iterator[Case]:

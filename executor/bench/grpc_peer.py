@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from executor.bench.systems import DEADLINE_S, HOST, Place, System, pump_futures
+from executor.bench.systems import DEADLINE_S, Place, System, pump_futures
+from executor.ports import HOST
 
 __all__ = ["SYSTEM", "missing"]
 

@@ -11,19 +11,17 @@ import contextlib
 import gc
 import multiprocessing
 import os
-import socket
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
-from executor.bench.systems import HOST, Place, Serving, System
+from executor.bench.systems import Place, Serving, System
 from executor.errors import SplitpilotError
 
-__all__ = ["BenchError", "Host", "Report", "in_process", "open_files", "reserve_port"]
+__all__ = ["BenchError", "Host", "Report", "in_process", "open_files"]
 __all__ += ["resident_mib"]
 
 START_S = 90.0
@@ -153,14 +151,6 @@ def _work(work: Callable[[], Any], pipe: Connection, near: Connection) -> None:
     except Exception as error:  # of any library; it goes to the bench
         answer = (False, f"{type(error).__name__}: {error}")
     pipe.send(answer)
-
-
-def reserve_port(stack: ExitStack) -> int:
-    """A free port that nobody else gets while `stack` is open (see `executor.testbed`)."""
-    sock = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    sock.bind((HOST, 0))
-    return int(sock.getsockname()[1])
 
 
 def open_files() -> int:

@@ -10,9 +10,10 @@ from itertools import cycle
 from typing import Any
 
 from executor.bench.cases import Case
-from executor.bench.hosts import BenchError, Host, Report, reserve_port
+from executor.bench.hosts import BenchError, Host, Report
 from executor.bench.systems import Link, Place, Serving, System
 from executor.bench.wire_floor import Sink, Wire
+from executor.ports import reserve_port
 from executor.testbed import Relay
 
 __all__ = ["CaseResult", "Effort", "Running", "SystemResult", "drain", "run_case"]

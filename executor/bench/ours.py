@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from executor.bench.cases import NODE_NAMES
-from executor.bench.systems import DEADLINE_S, HOST, Place, System, pump_futures
+from executor.bench.systems import DEADLINE_S, Place, System, pump_futures
 from executor.client import Client
 from executor.cluster import Cluster, NodeConfig
 from executor.node import Node
+from executor.ports import HOST
 
 __all__ = ["SYSTEM", "Link", "missing"]
 

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 
 import torch
 
-from executor.bench.systems import DEADLINE_S, HOST, Place, System
+from executor.bench.systems import DEADLINE_S, Place, System
+from executor.ports import HOST
 
 __all__ = ["SYSTEM", "connect", "listen", "missing", "receive", "send"]
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from executor.bench.measure import CaseResult, SystemResult
-from executor.errors import ConfigError
+from executor.figures import load_pyplot, save_figure
 
 __all__ = ["OURS", "facts", "plot", "summary", "table"]
 
@@ -126,13 +126,9 @@ def plot(cases: list[dict[str, Any]], path: Path) -> None:
     """Draw latency over size for the echoes, and what is above the floor for the models.
 
     Raises:
-        ConfigError: The file cannot be written.
+        ConfigError: matplotlib is missing, or the file cannot be written.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     echoes = [case for case in cases if case["case"].startswith("echo")]
     models = [case for case in cases if not case["case"].startswith("echo")]
     names = list(dict.fromkeys(name for case in cases for name in case["systems"]))
@@ -169,9 +165,4 @@ def plot(cases: list[dict[str, Any]], path: Path) -> None:
     right.set_title("what it costs besides stages and wire", fontsize=10)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot write {path}: {error}") from error
-    finally:
-        pyplot.close(figure)
+    save_figure(figure, path)

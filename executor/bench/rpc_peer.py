@@ -16,7 +16,8 @@ import torch
 from torch.distributed.rpc.functions import async_execution
 
 from executor.bench.cases import NODE_NAMES
-from executor.bench.systems import DEADLINE_S, HOST, Place, System, pump_futures
+from executor.bench.systems import DEADLINE_S, Place, System, pump_futures
+from executor.ports import HOST
 
 __all__ = ["SYSTEM", "infer", "missing"]
 
@@ -60,7 +61,7 @@ def _join(place: Place) -> None:
         )
 
 
-@async_execution  # type: ignore[untyped-decorator]
+@async_execution  # type: ignore[untyped-decorator]  # torch leaves it untyped
 def infer(x: torch.Tensor) -> Any:
     """One node's part (runs on the node): a future of the chain's output."""
     with _lock:

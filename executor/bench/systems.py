@@ -20,9 +20,8 @@ import torch
 from executor.bench.cases import TimedChain
 from executor.plan import Plan
 
-__all__ = ["HOST", "Link", "Place", "Serving", "System", "find_systems", "pump_futures"]
+__all__ = ["Link", "Place", "Serving", "System", "find_systems", "pump_futures"]
 
-HOST = "127.0.0.1"
 DEADLINE_S = 60.0
 
 
