@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from agents.verdicts import ratio
-from executor.errors import ConfigError
+from executor.figures import load_pyplot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,7 +47,7 @@ COLOURS = {
     "best-static": "#8d6a00", "paper": "#f08c5a", "paper-1s": "#d9480f",
     "paper-constrained": "#f7b899", "paper-1s-constrained": "#b5651d", "solver": "#4dabf7",
     "predictive": "#1971c2", "linucb": "#7048e8", "policy-zeroed": "#74c0fc", "policy": "#2b8a3e",
-    "guarded": "#0b5d2a", "oracle": "#212529",
+    "guarded": "#0b5d2a", "policy-all": "#37b24d", "oracle": "#212529",
 }  # fmt: skip
 GROUPS = ("#1971c2", "#d9480f", "#2b8a3e", "#7048e8", "#c9a227", "#52606d")
 NODES = ("#4dabf7", "#ffd43b", "#ff8787", "#b197fc", "#8ce99a", "#ced4da")
@@ -60,32 +60,22 @@ def _figure(**size: Any) -> Figure:
     Raises:
         ConfigError: matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError(
-            "a report needs matplotlib: pip install 'splitpilot[plot]' (or pip install matplotlib)"
-        ) from error
+    load_pyplot()
+    from matplotlib.figure import Figure
+
     return Figure(layout="constrained", **size)
 
 
 def _svg(figure: Figure) -> str:
-    import matplotlib
-
     text = io.StringIO()
     nothing = {"Creator": None, "Date": None, "Format": None, "Type": None}
-    with matplotlib.rc_context(STYLE):
+    with _styled():
         figure.savefig(text, format="svg", metadata=nothing)
     return text.getvalue()
 
 
 def _styled() -> Any:
-    try:
-        import matplotlib
-    except ImportError:
-        _figure()
-        raise
-    return matplotlib.rc_context(STYLE)
+    return load_pyplot().rc_context(STYLE)
 
 
 def _colour(name: str) -> str:

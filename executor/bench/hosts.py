@@ -21,8 +21,7 @@ import torch
 from executor.bench.systems import Place, Serving, System
 from executor.errors import SplitpilotError
 
-__all__ = ["BenchError", "Host", "Report", "in_process", "open_files"]
-__all__ += ["resident_mib"]
+__all__ = ["BenchError", "Host", "Report", "in_process", "open_files", "resident_mib"]
 
 START_S = 90.0
 _FORK = multiprocessing.get_context("fork")
