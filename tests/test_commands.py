@@ -155,7 +155,11 @@ BAD = [
     (train.main, ["--scenario", "/nowhere.toml"], "cannot read scenario"),
     (deploy.main, ["--checkpoint", "/nowhere"], "python train.py --model alexnet"),
     (deploy.main, ["--controller", "oracle"], "invalid choice"),
-    (deploy.main, ["--controller", "cloud", "--per-request"], "policy or solver, got cloud"),
+    (
+        deploy.main,
+        ["--controller", "cloud", "--per-request"],
+        "--controller policy, policy-all, solver; got cloud",
+    ),
     (deploy.main, ["--rate", "0"], "positive number"),
     (deploy.main, ["--duration", "nan"], "positive number"),
     (deploy.main, ["--controller", "edge", "--cluster", "/nowhere.toml"], "/nowhere.toml"),
