@@ -20,7 +20,6 @@ import heapq
 import multiprocessing
 import os
 import random
-import socket
 import sys
 import tempfile
 import threading
@@ -44,6 +43,7 @@ from executor.errors import RequestRefused
 from executor.link import PING_PERIOD_S
 from executor.model import build_chain, sample_input
 from executor.plan import Plan
+from executor.ports import HOST, reserve_port
 from executor.wire import Header, Kind, array_body, decode_json, pack, parse_header
 
 WARM_UP_S = 5.0
@@ -256,12 +256,6 @@ def crowd(
     results.put(([c - b for c, b in zip(counted, before, strict=True)], cpu_s))
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
 def rss_mib(pid: int) -> float:
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmRSS"):
@@ -277,11 +271,12 @@ def cpu_s(pid: int) -> float:
 @contextlib.contextmanager
 def nodes(folder: Path, model: str) -> Iterator[tuple[Cluster, list[Child]]]:
     """Fog and cloud as processes."""
-    chain = tuple(NodeConfig(name, "127.0.0.1", free_port()) for name in ("fog", "cloud"))
-    cluster = Cluster(model, "none", chain, threads=1)
     path = folder / "cluster.toml"
-    path.write_text(cluster.to_toml())
     with contextlib.ExitStack() as stack:
+        ports = {name: reserve_port(stack) for name in ("fog", "cloud")}
+        chain = tuple(NodeConfig(name, HOST, port) for name, port in ports.items())
+        cluster = Cluster(model, "none", chain, threads=1)
+        path.write_text(cluster.to_toml())
         children = []
         for node in chain:
             args = ("--role", node.name, "--cluster", str(path), "--control-stdin")
