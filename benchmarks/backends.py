@@ -73,7 +73,8 @@ class WholeModel(UnitChain):
     def run(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """All of it."""
         with torch.inference_mode():
-            return self.units[0](x)
+            y: torch.Tensor = self.units[0](x)
+            return y
 
 
 def single_session(chain: UnitChain, x: torch.Tensor) -> UnitChain:

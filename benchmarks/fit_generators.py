@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ FAMILIES = {
 }
 
 
-def correlations(series: Sequence[F64], lags: Sequence[int]) -> F64:
+def correlations(series: Sequence[F64], lags: Iterable[int]) -> F64:
     """Autocorrelation about the pooled mean; NaN marks what does not count."""
     mean, variance = np.nanmean(np.concatenate(series)), np.nanvar(np.concatenate(series))
     out = []
@@ -140,14 +140,16 @@ def outages(values: F64, everything: F64, quantity: str) -> NDArray[np.bool_]:
         return np.zeros(len(values), dtype=bool)
     if quantity == "rtt_ms":
         return values > SPIKE * np.median(everything)
-    return values < NOTHING * everything.mean()
+    below: NDArray[np.bool_] = values < NOTHING * everything.mean()
+    return below
 
 
 def generated(parameters: dict[str, Any], quantity: str, dt_s: float, count: int) -> list[F64]:
     """Means over `dt_s` of what a generator draws in `count` environments."""
-    process = Process(
-        "markov", **{k: tuple(v) if isinstance(v, list) else v for k, v in parameters.items()}
-    )
+    values: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in parameters.items()
+    }
+    process = Process("markov", **values)
     nodes = tuple(NodeSetup(f"n{k}", "pi4") for k in range(2))
     hop = HopSetup(process if quantity == "mbps" else Process(levels=(1.0,)))
     if quantity == "rtt_ms":

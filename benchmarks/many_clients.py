@@ -151,8 +151,8 @@ class LeanClient:
         self._id, self._seq = uuid.uuid4().bytes, 0
         header = Header(Kind.INFER, client=self._id, cuts=task.plan.cuts, digest=task.digest)
         header.tries = 1
-        self._bodies = [(replace(header), array) for array in task.inputs]
-        self._bodies = [(h, array_body(h, a)) for h, a in self._bodies]
+        headers = [replace(header) for _ in task.inputs]
+        self._bodies = [(h, array_body(h, a)) for h, a in zip(headers, task.inputs, strict=True)]
         self._open: dict[int, Slot] = {}
         self._hold_s = 0.0
 
@@ -249,7 +249,7 @@ def crowd(
             wait_s = min(agenda.send_due(), 0.02)
             # Not at once for each message: looking at 200 sockets costs as much for one as for all.
             time.sleep(min(0.005, wait_s))
-            for dealer, _ in poller.poll(1000.0 * max(0.0, wait_s - 0.005)):
+            for dealer, _ in poller.poll(round(1000.0 * max(0.0, wait_s - 0.005))):
                 lean[dealer].receive()
         counted = [one.counts.copy() for one in clients]
         cpu_s = time.process_time() - cpu_s

@@ -110,7 +110,7 @@ class Watch(threading.Thread):
     def run(self) -> None:
         """Sample until it is left."""
         while not self._over.wait(PERIOD_S):
-            for name, pid in {**self._testbed.pids(), "load": os.getpid()}.items():
+            for name, pid in {**self._testbed.pids, "load": os.getpid()}.items():
                 sample = look(pid)
                 if sample is not None:
                     self.lives.setdefault(pid, Life(name, pid)).samples.append(sample)
@@ -177,6 +177,8 @@ def main() -> int:
         return 2
     lives = [life for one in watches for life in one.lives.values()]
     problems = [*report.problems, *grown(lives)]
+    if not lives:
+        problems.append("no process was watched")
     if args.json:
         values = {
             **report.plain(),

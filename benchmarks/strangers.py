@@ -20,13 +20,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 import zmq
 
 from executor.child import Child
-from executor.client import Client
+from executor.client import Client, Reply
 from executor.cluster import Cluster, NodeConfig
 from executor.keys import load_public, load_secret, make_key
 from executor.model import sample_input
@@ -108,7 +109,8 @@ def swarm(cluster: Cluster, connections: int, rate: float) -> None:
 
 def latencies_ms(client: Client, rate: float, over: Callable[[float], bool]) -> np.ndarray:
     """Latencies of requests sent at a steady rate to the cloud until `over(seconds so far)`."""
-    x, futures, begun_s = sample_input(0), [], time.monotonic()
+    x, begun_s = sample_input(0), time.monotonic()
+    futures: list[Future[Reply]] = []
     while not over(time.monotonic() - begun_s):
         due_s = begun_s + len(futures) / rate
         time.sleep(max(0.0, due_s - time.monotonic()))

@@ -65,7 +65,10 @@ def main() -> None:
         for name in TRAINED:
             checkpoint = Checkpoint.load(CHECKPOINTS / name, name)
             model = CostModel(checkpoint.profile, scenario)
-            arms = {"solver": Solver(), "own policy": PolicyController(checkpoint)}
+            arms: dict[str, Controller] = {
+                "solver": Solver(),
+                "own policy": PolicyController(checkpoint),
+            }
             compare(f"{name}, {where}", model, arms)
         for name in UNSEEN:
             for devices, ratios in DEVICES.items():
