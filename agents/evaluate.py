@@ -19,8 +19,8 @@ from agents.cadence import cadence_table, run_each
 from agents.cli import MODEL_HELP, Parser, model_argument, numbers, positive_int, run_command
 from agents.comparison import compare
 from agents.controllers import ARMS
-from agents.evaluation_page import write_report
-from agents.report import TABLE_WIDTH, plot, table
+from agents.report.evaluation import write_report
+from agents.report.terminal import TABLE_WIDTH, plot, table
 from env.splits import PARTS
 from executor.errors import ConfigError
 from executor.files import write_json

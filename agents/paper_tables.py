@@ -93,7 +93,7 @@ def _main(args: argparse.Namespace) -> int:
     if args.json is not None:
         write_json(args.json, result)
     if args.report is not None:
-        from agents.paper_page import write_page
+        from agents.report.paper import write_page
 
         console.print(f"report: {write_page(result, args.report)}", markup=False, highlight=False)
     return 0

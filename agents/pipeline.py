@@ -18,7 +18,7 @@ from agents.controllers import ArmContext, make_arm
 from agents.finetuning import FinetuneSettings, finetune
 from agents.nodes import open_cluster, open_testbed
 from agents.policy import ResidualSolverPolicy
-from agents.report import TABLE_WIDTH, table
+from agents.report.terminal import TABLE_WIDTH, table
 from agents.resume import FILE_NAME, ResumePoint
 from agents.runtime import Checkpoint
 from agents.training import TrainingSettings, to_checkpoint, train_policy

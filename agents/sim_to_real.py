@@ -131,7 +131,7 @@ def _main(args: argparse.Namespace) -> int:
     if args.json is not None:
         write_json(args.json, result)
     if args.report is not None:
-        from agents.sim_to_real_page import write_page
+        from agents.report.sim_to_real import write_page
 
         console.print(f"report: {write_page(result, args.report)}", markup=False, highlight=False)
     return 0

@@ -83,7 +83,7 @@ class Mover:
         self._handshakes = handshakes
         self._links: list[tuple[Dialled, Hop]] = list(zip(dialled, core.links, strict=True))
         self._poller = zmq.Poller()
-        sources = [router, handshakes.socket]
+        sources = [router]
         for end in dialled:
             sources += [end.dealer, end.monitor]
         for source in sources:
@@ -137,10 +137,10 @@ class Mover:
         if self._router in ready:
             identity, *parts = receive_parts(self._router)
             self._feed(self._core.on_upstream, bytes(identity), parts)
-        if self._handshakes.socket in ready:
-            self._handshakes.read()
 
     def _tick(self) -> None:
+        # Only then: a crowd of strangers must not wake the node for each that was turned away.
+        self._handshakes.read()
         self._feed(self._core.tick)
         for end, link in self._links:
             if link in self._core.stuck:

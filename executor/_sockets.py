@@ -204,9 +204,6 @@ class HandshakeMonitor:
     as such. One that was dropped before it got that far (bytes that are not ZMTP) only shows as a
     disconnection, and cannot be told from an admitted peer's that leaves: of those, as many count
     as there are more than admitted peers.
-
-    Attributes:
-        socket: To be polled; `read` when it has something.
     """
 
     def __init__(self, ctx: zmq.Context[zmq.Socket[bytes]], served: zmq.Socket[bytes]) -> None:
@@ -218,10 +215,10 @@ class HandshakeMonitor:
             | zmq.EVENT_HANDSHAKE_FAILED_AUTH
         )
         served.monitor(endpoint, failures | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
-        self.socket = ctx.socket(zmq.PAIR)
+        self._socket = ctx.socket(zmq.PAIR)
         # A full pipe would make ZeroMQ's own thread wait; an event is small, and soon read.
-        self.socket.set(zmq.RCVHWM, 0)
-        self.socket.connect(endpoint)
+        self._socket.set(zmq.RCVHWM, 0)
+        self._socket.connect(endpoint)
         self._failures = failures
         self._failed = self._admitted = self._left = 0
         self._after_failure = False
@@ -231,11 +228,11 @@ class HandshakeMonitor:
         """Connections refused so far."""
         return self._failed + max(0, self._left - self._admitted)
 
-    def read(self, at_most: int = 256) -> None:
+    def read(self, at_most: int = 4096) -> None:
         """Take the events there are."""
         for _ in range(at_most):
             try:
-                event = self.socket.recv_multipart(zmq.NOBLOCK)[0]
+                event = self._socket.recv_multipart(zmq.NOBLOCK)[0]
             except zmq.Again:
                 return
             kind = int.from_bytes(event[:2], "little")
@@ -250,7 +247,7 @@ class HandshakeMonitor:
 
     def close(self) -> None:
         """Close the socket."""
-        self.socket.close(0)
+        self._socket.close(0)
 
 
 def _set_common(socket: zmq.Socket[bytes]) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from agents.page import Page, Section, Table, made_section, render
 from agents.paper_tables import (
     ARM_COLUMNS,
     PASSES,
@@ -16,6 +15,7 @@ from agents.paper_tables import (
     reported,
     single_rows,
 )
+from agents.report.page import Page, Section, Table, made_section, render
 
 __all__ = ["write_page"]
 

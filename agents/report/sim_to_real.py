@@ -6,8 +6,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from agents.figures import scatter_figure
-from agents.page import Page, Section, Table, figure, made_section, render
+from agents.report.figures import scatter_figure
+from agents.report.page import Page, Section, Table, figure, made_section, render
 from agents.sim_to_real import error, lines
 from executor.plan import Plan
 

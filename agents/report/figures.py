@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from agents.verdicts import ratio
+from agents.report.verdicts import ratio
 from executor.figures import load_pyplot
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from agents import figures
-from agents.page import Page, Section, Table, figure, interval, made_section, render
-from agents.verdicts import Verdict, ratio, reference_arm, subject_arm, verdicts
+from agents.report import figures
+from agents.report.page import Page, Section, Table, figure, interval, made_section, render
+from agents.report.verdicts import Verdict, ratio, reference_arm, subject_arm, verdicts
 from executor.errors import ConfigError
 
 __all__ = ["write_report"]
