@@ -125,18 +125,26 @@ class Load(threading.Thread):
         while time.monotonic() < deadline_s and not all(t.ends for t in self.tickets):
             time.sleep(0.05)
 
-    def first(self, since_s: float, timeout_s: float, wanted: Callable[[Ticket], bool]) -> float:
-        """Seconds from `since_s` to the first such completion after it; infinite if none came."""
+    def first(
+        self, since_s: float, timeout_s: float, wanted: Callable[[Ticket], bool]
+    ) -> tuple[float, Ticket | None]:
+        """The first such completion after `since_s`, and how long after; infinite if none came."""
         deadline_s = time.monotonic() + timeout_s
         while True:
             late = time.monotonic() > deadline_s
-            ends = [
-                t.ended_s
-                for t in tuple(self.tickets)
-                if t.ended_s >= since_s and t.end == "completed" and wanted(t)
-            ]
-            if ends or late:
-                return min(ends, default=float("inf")) - since_s
+            found = min(
+                (
+                    t
+                    for t in tuple(self.tickets)
+                    if t.ended_s >= since_s and t.end == "completed" and wanted(t)
+                ),
+                key=lambda t: t.ended_s,
+                default=None,
+            )
+            if found is not None:
+                return found.ended_s - since_s, found
+            if late:
+                return float("inf"), None
             time.sleep(0.01)
 
 
@@ -205,6 +213,7 @@ class Outcome:
         normal_s: From its end (or the first such request after it) to the first completion, at the
             first try, that crossed what was broken; None where that has no meaning.
         plan: The plan that went around.
+        normal_plan: The plan of the first completion as asked.
         note: What else was seen.
     """
 
@@ -214,6 +223,7 @@ class Outcome:
     around_s: float | None = None
     normal_s: float | None = None
     plan: tuple[int, ...] | None = None
+    normal_plan: tuple[int, ...] | None = None
     note: str = ""
     problems: list[str] = field(default_factory=list)
 
@@ -224,13 +234,11 @@ def inject(fault: Fault, ground: Ground, load: Load, start_s: float) -> Outcome:
     outcome = Outcome(fault.name, 0.0, 0.0)
     hold_s = ground.random.uniform(*fault.seconds)
     refused_before = ground.client.counts.refused_nodes
-    begun_s = time.monotonic()
     with fault.inject(ground):
         struck_s = time.monotonic()
         outcome.at_s = struck_s - start_s
         if hop is not None and fault.fast:
-            around = _around(hop, load, begun_s, struck_s, fault.wait_s)
-            outcome.around_s, outcome.plan = around
+            outcome.around_s, outcome.plan = _around(hop, load, struck_s, fault.wait_s)
         time.sleep(max(0.0, struck_s + hold_s - time.monotonic()))
         if fault.name.startswith("other weights"):
             refused = ground.client.counts.refused_nodes - refused_before
@@ -247,12 +255,13 @@ def inject(fault: Fault, ground: Ground, load: Load, start_s: float) -> Outcome:
     mended_s = time.monotonic()
     outcome.held_s = mended_s - struck_s
     if hop is not None:
-        seconds = load.first(
+        seconds, first = load.first(
             mended_s,
             NORMAL_TIMEOUT_S,
             lambda t: t.submitted_s >= mended_s and _as_asked(t) and not t.avoided(hop),
         )
         outcome.normal_s = seconds - _idle_s(hop, load, mended_s, in_flight=False)
+        outcome.normal_plan = first.plan.cuts if first is not None else None
     return outcome
 
 
@@ -269,21 +278,16 @@ def _idle_s(hop: int, load: Load, since_s: float, in_flight: bool) -> float:
 
 
 def _around(
-    hop: int, load: Load, begun_s: float, struck_s: float, wait_s: float
+    hop: int, load: Load, struck_s: float, wait_s: float
 ) -> tuple[float, tuple[int, ...] | None]:
     """Time to the first completion around a hop of a request that wanted to cross it."""
-    found: list[Ticket] = []
 
     def wanted(ticket: Ticket) -> bool:
         asked = ticket.plan.last_node(load.n_units) > hop
-        good = asked and ticket.ended_s >= begun_s and ticket.avoided(hop)
-        if good:
-            found.append(ticket)
-        return good
+        return asked and ticket.avoided(hop)
 
-    seconds = load.first(struck_s, wait_s, wanted)
+    seconds, first = load.first(struck_s, wait_s, wanted)
     seconds -= _idle_s(hop, load, struck_s, in_flight=True)
-    first = min(found, key=lambda t: t.ended_s, default=None)
     return seconds, first.record.plan if first is not None and first.record else None
 
 

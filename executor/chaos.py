@@ -98,23 +98,29 @@ class Report:
         """Whether every promise was kept (recovery times are reported, not judged)."""
         return not (self.ends.get("wrong", 0) or self.unaccounted or self.problems)
 
-    def excess_s(self, outcome: Outcome) -> float | None:
+    def around_excess_s(self, outcome: Outcome) -> float | None:
         """Time to go around a fault beyond the idle latency of the plan that did."""
-        if outcome.around_s is None:
-            return None
-        return outcome.around_s - self.calm_s.get(_name(outcome.plan), 0.0)
+        return self._excess_s(outcome.around_s, outcome.plan)
+
+    def normal_excess_s(self, outcome: Outcome) -> float | None:
+        """Time to be as before a fault beyond the idle latency of the plan that was."""
+        return self._excess_s(outcome.normal_s, outcome.normal_plan)
+
+    def _excess_s(self, seconds: float | None, plan: tuple[int, ...] | None) -> float | None:
+        return None if seconds is None else seconds - self.calm_s.get(_name(plan), 0.0)
 
     def plain(self) -> dict[str, Any]:
         """The report as JSON data; what never came is null."""
         values = asdict(self)
         for raw, outcome in zip(values["outcomes"], self.outcomes, strict=True):
-            raw["around_excess_s"] = self.excess_s(outcome)
-        fast = {fault.name for fault in FAULTS if fault.fast}
-        around = [self.excess_s(o) for o in self.outcomes if o.around_s is not None]
-        normal = [o.normal_s for o in self.outcomes if o.normal_s is not None and o.name in fast]
+            raw["around_excess_s"] = self.around_excess_s(outcome)
+            raw["normal_excess_s"] = self.normal_excess_s(outcome)
+        names = {fault.name for fault in FAULTS if fault.fast}
+        fast = [outcome for outcome in self.outcomes if outcome.name in names]
         values["recovery"] = {
-            "around_excess_s": _percentiles([x for x in around if x is not None]),
-            "normal_s": _percentiles(normal),
+            "around_excess_s": _percentiles([self.around_excess_s(o) for o in fast]),
+            "normal_s": _percentiles([o.normal_s for o in fast]),
+            "normal_excess_s": _percentiles([self.normal_excess_s(o) for o in fast]),
             "bounds_s": [AROUND_BOUND_S, NORMAL_BOUND_S],
         }
         values["ok"] = self.ok
@@ -312,14 +318,16 @@ def _account(report: Report, load: Load) -> None:
 
 def _tables(report: Report) -> list[Table]:
     faults = Table(title=f"{report.model}: recovery, seconds (p50 / p99)")
-    for column in ("fault", "times", "around it", "beyond the plan's latency", "normal again"):
+    beyond = "beyond the plan's latency"
+    for column in ("fault", "times", "around it", beyond, "normal again", beyond):
         faults.add_column(column, justify="left" if column == "fault" else "right")
     for name in dict.fromkeys(o.name for o in report.outcomes):
         mine = [o for o in report.outcomes if o.name == name]
         rows: list[list[float | None]] = [
             [o.around_s for o in mine],
-            [report.excess_s(o) for o in mine],
+            [report.around_excess_s(o) for o in mine],
             [o.normal_s for o in mine],
+            [report.normal_excess_s(o) for o in mine],
         ]
         faults.add_row(name, str(len(mine)), *(_both(row) for row in rows))
     recovery = report.plain()["recovery"]
@@ -330,6 +338,7 @@ def _tables(report: Report) -> list[Table]:
         "",
         f"{_pair(recovery['around_excess_s'])} (bound {AROUND_BOUND_S:g})",
         f"{_pair(recovery['normal_s'])} (bound {NORMAL_BOUND_S:g})",
+        _pair(recovery["normal_excess_s"]),
     )
     totals = Table("requests", "number")
     row = {
@@ -351,12 +360,13 @@ def _name(cuts: Sequence[int] | None) -> str:
     return str(Plan(tuple(cuts))) if cuts else ""
 
 
-def _percentiles(values: Sequence[float]) -> dict[str, float | int]:
-    if not values:
+def _percentiles(values: Sequence[float | None]) -> dict[str, float | int]:
+    known = [value for value in values if value is not None]
+    if not known:
         return {"n": 0}
     # "higher": a wait that never ended must not be averaged away.
-    p50, p99 = np.percentile(values, [50, 99], method="higher")
-    return {"n": len(values), "p50": float(p50), "p99": float(p99)}
+    p50, p99 = np.percentile(known, [50, 99], method="higher")
+    return {"n": len(known), "p50": float(p50), "p99": float(p99)}
 
 
 def _pair(values: dict[str, Any]) -> str:
@@ -364,8 +374,8 @@ def _pair(values: dict[str, Any]) -> str:
 
 
 def _both(values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    return _pair(_percentiles(known)) if known else "-"
+    found = _percentiles(values)
+    return _pair(found) if found["n"] else "-"
 
 
 def _seconds(value: float | None) -> str:
