@@ -23,7 +23,16 @@ from rich.console import Console
 from rich.live import Live
 from torch.utils.tensorboard.writer import SummaryWriter
 
-from agents.cli import CHECKPOINTS, MODEL_HELP, Parser, model_argument, positive_float, run_command
+from agents.cli import (
+    CHECKPOINTS,
+    MODEL_HELP,
+    Parser,
+    add_transfer_argument,
+    model_argument,
+    positive_float,
+    run_command,
+    transfers,
+)
 from agents.controllers import ArmContext, Controller, Decision, Glancing, make_arm
 from agents.dashboard import DEFAULT_PORT, dashboard_routes
 from agents.display import live_line, live_table, summary_table
@@ -122,12 +131,19 @@ def open_system(args: Any, checkpoint: Checkpoint | None) -> Iterator[LiveSystem
         else image_inputs(Path(args.source), model_spec(args.model).input_shape)
     )
     references = checkpoint.references if checkpoint else None
+    instead = "set `transfer` in the cluster file"
+    forms = transfers(args.transfer, len(scenario.hops), args.cluster is None, instead)
     if args.cluster:
         with open_cluster(args.cluster, args.model, scenario, source, references) as system:
             yield system
         return
     with open_testbed(
-        args.model, scenario, references=references, weights=args.weights, source=source
+        args.model,
+        scenario,
+        references=references,
+        weights=args.weights,
+        source=source,
+        transfers=forms,
     ) as system:
         yield system
 
@@ -157,6 +173,7 @@ def _parser() -> Parser:
     parser.add_argument("--scenario", type=Path, help="scenario file (default: the shipped one)")
     parser.add_argument("--checkpoint", type=Path, help="default: checkpoints/MODEL")
     parser.add_argument("--weights", default="none", help="none, DEFAULT or a file (testbed only)")
+    add_transfer_argument(parser)
     parser.add_argument("--seed", type=int, default=0, help="conditions and arrivals")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="TensorBoard's folder")
     parser.add_argument(
