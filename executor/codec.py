@@ -6,8 +6,9 @@
   finite value beyond 65504 is refused.
 - "int8": q = round((x - low) / scale) in 0..255, with low = min and scale = (max - min) / 255 of
   each channel, so that x is told to half a scale: a quarter of the bytes, and 8 bytes per channel.
-  Channels are dim 1 of an activation N x C x H x W; any other has one. A constant channel is exact
-  (and one whose values lie within 3e-36 counts as constant). NaN and infinity are refused.
+  Channels are dim 1 of an activation N x C x H x W, where each has at least 4 values; any other
+  activation has one. A constant channel is exact (and one whose values lie within 3e-36 counts as
+  constant). NaN and infinity are refused.
 
 Refused means that the request fails with the reason: what arrives never silently is something else.
 
@@ -44,6 +45,7 @@ _FORMS = {"float32": "float32", "float16": "fp16"}
 _FLOAT = np.dtype("<f4")
 _LEVELS = np.float32(255)
 _INFINITE_HALF = 0x7C00
+_LEAST_VALUES = 4  # of a channel with its own scale: with fewer, int8 would be larger than float32
 _LEAST_SCALE = np.finfo(np.float32).tiny  # a smaller one has no finite inverse
 
 
@@ -82,7 +84,8 @@ def parse_transfers(text: str, n_hops: int) -> tuple[str, ...]:
 
 def channels(shape: Sequence[int]) -> int:
     """How many scales an activation of this shape has as int8."""
-    return shape[1] if len(shape) == 4 else 1
+    by_channel = len(shape) == 4 and shape[0] * shape[2] * shape[3] >= _LEAST_VALUES
+    return shape[1] if by_channel else 1
 
 
 def coded_bytes(transfer: str, shape: Sequence[int]) -> int:
@@ -160,7 +163,7 @@ def _half(x: NDArray[np.float32]) -> NDArray[np.float16]:
 
 def _affine(x: NDArray[np.float32]) -> Affine:
     n_channels = channels(x.shape)
-    values = x.reshape(x.shape[0] if x.ndim == 4 else 1, n_channels, -1)
+    values = x.reshape(_grouped(x.shape))
     low = values.min(axis=2).min(axis=0)
     with np.errstate(over="ignore", invalid="ignore"):
         span = values.max(axis=2).max(axis=0) - low
@@ -181,8 +184,14 @@ def _affine(x: NDArray[np.float32]) -> Affine:
 
 def _from_affine(coded: Affine) -> NDArray[np.float32]:
     scale, low = check_affine(coded)
-    shape, n_channels = coded.shape, len(scale)
-    q = coded.body[8 * n_channels :].reshape(shape[0] if len(shape) == 4 else 1, n_channels, -1)
+    q = coded.body[8 * len(scale) :].reshape(_grouped(coded.shape))
     values = np.multiply(q, scale[:, None], dtype=np.float32)
     values += low[:, None]
-    return values.reshape(shape)
+    return values.reshape(coded.shape)
+
+
+def _grouped(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """The shape as batch x channels with a scale x values."""
+    n_channels = channels(shape)
+    batch = shape[0] if n_channels > 1 else 1
+    return batch, n_channels, math.prod(shape) // (batch * n_channels)

@@ -49,7 +49,7 @@ tensors = shapes.flatmap(lambda shape: arrays.arrays(np.float32, shape, elements
 def by_channel(x):
     """The channels of a tensor as rows."""
     c = channels(x.shape)
-    return np.moveaxis(x, 1, 0).reshape(c, -1) if x.ndim == 4 else x.reshape(1, -1)
+    return np.moveaxis(x, 1, 0).reshape(c, -1) if c > 1 else x.reshape(1, -1)
 
 
 @given(x=tensors)
@@ -96,6 +96,12 @@ def test_each_channel_has_its_own_scale():
     flat = encode(x.reshape(2, -1), "int8")
     assert len(check_affine(flat)[0]) == 1
     assert np.abs(as_float32(flat) - x.reshape(2, -1)).max() > 0.5
+
+
+def test_int8_is_no_larger_than_float32_even_for_channels_of_one_value():
+    for shape in ((1, 64, 1, 1), (1, 64, 1, 3), (1, 64, 2, 2), (4, 64, 1, 1), (1, 64), (1, 5, 7)):
+        assert coded_bytes("int8", shape) < coded_bytes("float32", shape)
+    assert [channels(s) for s in ((1, 64, 1, 3), (1, 64, 2, 2), (4, 64, 1, 1))] == [1, 64, 64]
 
 
 def test_zero_of_an_activation_that_was_cut_off_at_zero_stays_zero():
