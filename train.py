@@ -12,7 +12,16 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from agents.cli import CHECKPOINTS, MODEL_HELP, Parser, model_argument, positive_int, run_command
+from agents.cli import (
+    CHECKPOINTS,
+    MODEL_HELP,
+    Parser,
+    add_transfer_argument,
+    model_argument,
+    positive_int,
+    run_command,
+    transfers,
+)
 from agents.hindsight import HindsightSettings
 from agents.pipeline import Pipeline
 from agents.training import TrainingSettings
@@ -37,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", type=Path, help="where to (default: checkpoints/MODEL)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="TensorBoard's folder")
     parser.add_argument("--weights", default="none", help="none, DEFAULT or a file (testbed only)")
+    add_transfer_argument(parser)
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted training")
     add_log_arguments(parser)
     args = parser.parse_args(argv)
@@ -48,9 +58,11 @@ def main(argv: list[str] | None = None) -> int:
     training = TrainingSettings(seed=args.seed, hindsight=HindsightSettings(rounds=args.rounds))
     if args.steps:
         training = replace(training, steps=args.steps)
+    scenario, instead = Scenario.load(args.scenario), "set `transfer` in the cluster file"
     pipeline = Pipeline(
         model_name=args.model,
-        scenario=Scenario.load(args.scenario),
+        scenario=scenario,
+        transfers=transfers(args.transfer, len(scenario.hops), args.cluster is None, instead),
         training=training,
         online_steps=args.online_steps,
         directory=args.checkpoint or CHECKPOINTS / model_label(args.model),

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.progress import Progress
 
+from agents.cli import transfers
 from agents.compare import ArmRun, best_static_cuts, run_arm, startup_intervals
 from agents.controllers import ArmContext, Controller, Decision, make_arm
 from agents.oracle import PlanSequence, search
@@ -213,4 +214,5 @@ def make_testbed_system(
     """The scenario's nodes as processes on this machine; profiled anew when `profile` is None."""
     from agents.nodes import open_testbed
 
-    return open_testbed(args.model, scenario, profile)
+    forms = transfers(args.transfer, len(scenario.hops), True, "")
+    return open_testbed(args.model, scenario, profile, transfers=forms)

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from executor.arguments import Parser
+from executor.codec import TRANSFERS, parse_transfers
 from executor.errors import ConfigError, SplitpilotError
 from executor.logs import add_log_arguments, configure_logging
 
@@ -20,11 +21,13 @@ __all__ = [
     "CHECKPOINTS",
     "MODEL_HELP",
     "Parser",
+    "add_transfer_argument",
     "model_argument",
     "numbers",
     "progress",
     "run_command",
     "run_study",
+    "transfers",
 ]
 
 # What writing meets on a full or read-only disk, in a library's hands too (TensorBoard's files).
@@ -59,6 +62,35 @@ def positive_int(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def add_transfer_argument(parser: argparse.ArgumentParser) -> None:
+    """The option of commands that start a testbed; `transfers` reads it."""
+    parser.add_argument(
+        "--transfer",
+        help=f"testbed only: how activations cross the hops, {', '.join(TRANSFERS)}, or one per "
+        "hop like fp16,int8 (docs/transfer.md; default: float32). It is profiled, so that solver "
+        "and simulator know it. On a cluster set `transfer` in cluster.toml",
+    )
+
+
+def transfers(text: str | None, n_hops: int, testbed: bool, instead: str) -> tuple[str, ...]:
+    """Per hop, the transfer that --transfer names; none where it was not given.
+
+    Args:
+        text: What was given.
+        n_hops: Hops of the chain.
+        testbed: Whether a testbed is started, which alone can be told.
+        instead: What to do where none is.
+
+    Raises:
+        ConfigError: An unknown transfer, not one per hop, or no testbed.
+    """
+    if text is None:
+        return ()
+    if not testbed:
+        raise ConfigError(f"--transfer is of the testbed; {instead}")
+    return parse_transfers(text, n_hops)
 
 
 def numbers(

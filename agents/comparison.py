@@ -16,7 +16,7 @@ from rich.console import Console
 
 from agents import cells
 from agents.cells import Cell
-from agents.cli import CHECKPOINTS, numbers, progress
+from agents.cli import CHECKPOINTS, numbers, progress, transfers
 from agents.compare import BATTERY_WH, ArmRun, per_row, summarise
 from agents.controllers import ARMS
 from agents.provenance import provenance, without_folders
@@ -84,6 +84,7 @@ def compare(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "repeats": args.repeats if args.backend == "testbed" else 1,
         "interval_s": scenario.interval_s,
         "late_binding": scenario.late_binding,
+        **({"transfers": profile.transfers} if set(profile.transfers) != {"float32"} else {}),
         "hops": ", ".join(dict.fromkeys(hop_class(c.scenario) for c in conditions)),
         "intervals": done[0].n_intervals,
         "meters": {
@@ -268,7 +269,10 @@ def _arms(text: str | None, directory: Path, n_nodes: int, console: Console) -> 
 
 def _profile(args: argparse.Namespace, directory: Path, scenario: Scenario) -> Profile:
     """The profile named; else, for the testbed, a fresh one, and for the simulator the stored."""
-    if args.profile is None and args.backend == "testbed":
+    measured = args.profile is None and args.backend == "testbed"
+    instead = "else the profile says it (one made by `python train.py --transfer`)"
+    transfers(args.transfer, len(scenario.hops), measured, instead)
+    if measured:
         with cells.make_testbed_system(args, scenario, None) as system:
             return system.model.profile
     path = args.profile or directory / "profile.json"

@@ -18,12 +18,20 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.live import Live
 from torch.utils.tensorboard.writer import SummaryWriter
 
-from agents.cli import CHECKPOINTS, MODEL_HELP, Parser, model_argument, positive_float, run_command
+from agents.cli import (
+    CHECKPOINTS,
+    MODEL_HELP,
+    Parser,
+    add_transfer_argument,
+    model_argument,
+    positive_float,
+    run_command,
+    transfers,
+)
 from agents.controllers import ArmContext, Controller, Decision, Glancing, make_arm
 from agents.dashboard import DEFAULT_PORT, dashboard_routes
 from agents.display import live_line, live_table, summary_table
@@ -40,6 +48,7 @@ from env.system import StepResult
 from executor._http import HttpServer, add_metrics_arguments, port
 from executor.errors import ConfigError
 from executor.files import write_atomic
+from executor.images import image_input
 from executor.logs import add_log_arguments, configure_logging
 from executor.model import model_spec
 from executor.modelref import model_label
@@ -60,17 +69,12 @@ def image_inputs(
 
     Args:
         directory: The folder.
-        shape: The model's input, 1 x 3 x S x S: the shorter side is resized to S * 8 / 7 (256 for
-            224), the crop is S.
+        shape: The model's input, as `executor.images.image_input` takes it.
 
     Raises:
         ConfigError: No such folder, no image in it, one that cannot be read, or a model that takes
             no colour image.
     """
-    crop, resized = shape[-1], round(shape[-1] * 8 / 7)
-    if shape != (1, 3, crop, crop):
-        raise ConfigError(f"--source: images are 1 x 3 x S x S, the model takes {shape}")
-    import torch
     from PIL import Image
 
     suffixes = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
@@ -79,8 +83,6 @@ def image_inputs(
     files = sorted(p for p in directory.iterdir() if p.suffix.lower() in suffixes)
     if not files:
         raise ConfigError(f"--source {directory}: no image files ({', '.join(sorted(suffixes))})")
-    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
-    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     inputs = []
     for file in files[:256]:
         try:
@@ -88,13 +90,7 @@ def image_inputs(
                 rgb = image.convert("RGB")
         except OSError as error:
             raise ConfigError(f"--source: cannot read image {file}: {error}") from error
-        scale = resized / min(rgb.size)
-        size = (max(resized, round(rgb.width * scale)), max(resized, round(rgb.height * scale)))
-        rgb = rgb.resize(size, Image.Resampling.BILINEAR)
-        left, top = (rgb.width - crop) // 2, (rgb.height - crop) // 2
-        pixels = np.asarray(rgb.crop((left, top, left + crop, top + crop)), dtype=np.float32)
-        tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255.0
-        inputs.append(((tensor - mean) / std).unsqueeze(0).contiguous())
+        inputs.append(image_input(rgb, shape))
     return lambda i: inputs[i % len(inputs)]
 
 
@@ -122,12 +118,19 @@ def open_system(args: Any, checkpoint: Checkpoint | None) -> Iterator[LiveSystem
         else image_inputs(Path(args.source), model_spec(args.model).input_shape)
     )
     references = checkpoint.references if checkpoint else None
+    instead = "set `transfer` in the cluster file"
+    forms = transfers(args.transfer, len(scenario.hops), args.cluster is None, instead)
     if args.cluster:
         with open_cluster(args.cluster, args.model, scenario, source, references) as system:
             yield system
         return
     with open_testbed(
-        args.model, scenario, references=references, weights=args.weights, source=source
+        args.model,
+        scenario,
+        references=references,
+        weights=args.weights,
+        source=source,
+        transfers=forms,
     ) as system:
         yield system
 
@@ -157,6 +160,7 @@ def _parser() -> Parser:
     parser.add_argument("--scenario", type=Path, help="scenario file (default: the shipped one)")
     parser.add_argument("--checkpoint", type=Path, help="default: checkpoints/MODEL")
     parser.add_argument("--weights", default="none", help="none, DEFAULT or a file (testbed only)")
+    add_transfer_argument(parser)
     parser.add_argument("--seed", type=int, default=0, help="conditions and arrivals")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="TensorBoard's folder")
     parser.add_argument(

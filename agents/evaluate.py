@@ -16,7 +16,15 @@ from typing import Any
 from rich.console import Console
 
 from agents.cadence import cadence_table, run_each
-from agents.cli import MODEL_HELP, Parser, model_argument, numbers, positive_int, run_command
+from agents.cli import (
+    MODEL_HELP,
+    Parser,
+    add_transfer_argument,
+    model_argument,
+    numbers,
+    positive_int,
+    run_command,
+)
 from agents.comparison import compare
 from agents.controllers import ARMS
 from agents.report.evaluation import write_report
@@ -177,6 +185,7 @@ def _parser() -> argparse.ArgumentParser:
         help="seconds accounted for apart at the start (default: 20, or as long as the "
         "reference's start-up takes where it takes part)",
     )
+    add_transfer_argument(parser)
     add("--checkpoint", type=Path, help="directory (default: checkpoints/MODEL)")
     add("--profile", type=Path, help="profile JSON (default: the checkpoint's; testbed: measured)")
     add("--json", type=Path, help="write the results here")

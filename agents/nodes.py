@@ -50,12 +50,25 @@ def random_inputs(
     return lambda i: inputs[i % pool]
 
 
-def start_testbed(model: str, scenario: Scenario, weights: str = "none") -> Testbed:
-    """Start the scenario's nodes and hops on this machine, at their mean conditions, unloaded."""
+def start_testbed(
+    model: str, scenario: Scenario, weights: str = "none", transfers: Sequence[str] = ()
+) -> Testbed:
+    """Start the scenario's nodes and hops on this machine, at their mean conditions, unloaded.
+
+    Args:
+        model: The model to run.
+        scenario: Nodes and hops.
+        weights: As `executor.model.build_chain`.
+        transfers: Per hop, the form activations cross it in (`executor.codec`); float32 if empty.
+    """
+    forms = [*(transfers or ["float32"] * len(scenario.hops)), "float32"]
     testbed = Testbed(
         model,
         weights=weights,
-        nodes=tuple(TestbedNode(n.name, n.ratio, n.device) for n in scenario.nodes),
+        nodes=tuple(
+            TestbedNode(n.name, n.ratio, n.device, transfer=form)
+            for n, form in zip(scenario.nodes, forms, strict=True)
+        ),
         hops=tuple(TestbedHop(process_mean(h.bandwidth), mean_delay_s(h)) for h in scenario.hops),
     )
     testbed.__enter__()
@@ -136,9 +149,10 @@ def rescale_nodes(
     table = PlanTable(profile, [Plan(tuple(map(int, row))) for row in cuts])
     nodes = []
     for k, node in enumerate(profile.nodes):
-        expected = table.work_s[:, k] - node.stage_overhead_s
-        ran = expected > 0
-        scale = float(np.median(work_s[ran, k] / expected[ran])) if ran.any() else 1.0
+        expected = table.work_s[:, k] - node.stage_overhead_s - table.convert_s[:, k]
+        ran = (expected > 0) & table.runs[:, k]
+        units_s = work_s[ran, k] - table.convert_s[ran, k]
+        scale = float(np.median(units_s / expected[ran])) if ran.any() else 1.0
         nodes.append(replace(node, unit_s=tuple(scale * t for t in node.unit_s)))
     return profile.with_changes(nodes=tuple(nodes))
 
@@ -151,6 +165,7 @@ def open_testbed(
     references: References | None = None,
     weights: str = "none",
     source: Callable[[int], Any] | None = None,
+    transfers: Sequence[str] = (),
 ) -> Iterator[LiveSystem]:
     """The scenario's nodes on this machine, playing its conditions.
 
@@ -161,8 +176,11 @@ def open_testbed(
         references: Units of the cost; from the profile when None.
         weights: As `executor.model.build_chain`.
         source: Inputs; seeded random ones when None.
+        transfers: As `start_testbed`; those of the profile, where one is given.
     """
-    testbed = start_testbed(model_name, scenario, weights)
+    if profile is not None:
+        transfers = profile.transfers
+    testbed = start_testbed(model_name, scenario, weights, transfers)
     try:
         client = testbed.client()
         try:

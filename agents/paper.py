@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from agents.controllers import Decision, static_thirds
 from env.cost import PAPER_CLOUD_W, PAPER_EDGE_W, PAPER_FOG_W
-from env.predict import CostModel
+from env.predict import CostModel, PlanTable
 from env.state import SystemState
 from executor.errors import ConfigError
 from executor.plan import ModelSpec, Plan, is_constrained
@@ -132,7 +132,7 @@ class SplitModel:
         self._prefix: F64 = np.concatenate([[0.0], np.cumsum(weights / weights.sum())])
         self.share = self.shares(self.cuts)
         self._crossed: F64 = (self.cuts < n).astype(np.float64)
-        self._bytes: F64 = profile.cut_bytes()[self.cuts] * self._crossed
+        self._bytes: F64 = PlanTable(profile, [Plan(c) for c in every]).hop_bytes
         constrained = settings.constrained or model.scenario.constrained
         self.allowed: Mask = np.array(
             [not constrained or is_constrained(Plan(c), profile.spec) for c in every]

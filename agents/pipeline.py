@@ -50,6 +50,7 @@ class Pipeline:
         weights: The model's weights on the testbed.
         live_intervals: Intervals per arm of the short table measured on the nodes.
         resume: Go on with an interrupted training of the same settings, if there is one.
+        transfers: Per hop of the testbed, the form activations cross it in; float32 if empty.
     """
 
     model_name: str
@@ -62,6 +63,7 @@ class Pipeline:
     weights: str = "none"
     live_intervals: int = 15
     resume: bool = False
+    transfers: tuple[str, ...] = ()
     console: Console = field(default_factory=Console)
 
     def run(self) -> Checkpoint:
@@ -104,6 +106,7 @@ class Pipeline:
                 "training": asdict(self.training),
                 "nodes": "testbed" if self.cluster is None else "cluster",
                 "weights": self.weights,
+                **({"transfers": list(self.transfers)} if self.transfers else {}),
             },
         )
         if self.resume:
@@ -123,6 +126,7 @@ class Pipeline:
                     profile=resumed.profile if resumed else None,
                     references=resumed.references if resumed else None,
                     weights=self.weights,
+                    transfers=self.transfers,
                 )
             else:
                 opened = open_cluster(self.cluster, self.model_name, self.scenario)

@@ -22,7 +22,7 @@ from agents.training import mean_cost
 from env.predict import CostModel
 from env.scenario import Scenario
 from env.simulator import Simulator
-from executor.profile import NodeProfile, Profile
+from executor.profile import Profile
 
 __all__ = ["Scorer", "ScoringSettings", "scaled", "train_for_all"]
 
@@ -105,15 +105,7 @@ class Scorer(nn.Module):
 
 def scaled(profile: Profile, factors: Sequence[float]) -> Profile:
     """The profile with node i `factors[i]` x slower."""
-
-    def slower(node: NodeProfile, factor: float) -> NodeProfile:
-        return replace(
-            node,
-            unit_s=tuple(s * factor for s in node.unit_s),
-            stage_overhead_s=node.stage_overhead_s * factor,
-        )
-
-    nodes = (slower(n, f) for n, f in zip(profile.nodes, factors, strict=True))
+    nodes = (n.scaled(f) for n, f in zip(profile.nodes, factors, strict=True))
     return profile.with_changes(nodes=tuple(nodes))
 
 

@@ -24,11 +24,13 @@ from rich.table import Table as TextTable
 from agents.cli import (
     MODEL_HELP,
     Parser,
+    add_transfer_argument,
     model_argument,
     numbers,
     positive_int,
     progress,
     run_study,
+    transfers,
 )
 from agents.compare import ArmRun, run_arm
 from agents.controllers import Static
@@ -90,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--plans", type=positive_int, default=extent.plans)
     add("--bandwidths", default="20,60,150", help="Mbit/s of every hop, comma-separated")
     add("--requests", type=positive_int, default=extent.requests, help="mean, per cell")
+    add_transfer_argument(parser)
     add("--json", type=Path, help="write the results here")
     add("--report", type=Path, help="write a page with a table and figures into this folder")
     return parser
@@ -100,7 +103,8 @@ def _main(args: argparse.Namespace) -> int:
     extent = Extent(args.plans, bandwidths, requests=args.requests)
     scenario, console = Scenario.load(args.scenario), Console()
     console.width = max(console.width, 110)
-    testbed = start_testbed(args.model, scenario)
+    forms = transfers(args.transfer, len(scenario.hops), True, "")
+    testbed = start_testbed(args.model, scenario, transfers=forms)
     try:
         client = testbed.client(max_in_flight=MAX_IN_FLIGHT)
         try:

@@ -34,6 +34,7 @@ import numpy as np
 from executor import wire
 from executor._compute import FairQueue, Outcome
 from executor._nodecore import CoreConfig, NodeCore
+from executor.codec import TRANSFERS, as_float32, encode
 from executor.energy import ConstantPowerMeter
 from executor.errors import FrameDamaged, WireError
 from executor.late import CutTable
@@ -50,6 +51,7 @@ from executor.wire import (
     encode_json,
     pack,
     parse,
+    payload_of,
     seal,
 )
 
@@ -100,7 +102,12 @@ def corpus(rng: random.Random) -> Message:
         header.stages = [StageStamp(*(rng.random() for _ in range(4))) for _ in range(3)]
         header.hops = [HopStamp(*(rng.random() for _ in range(3))) for _ in range(2)]
         cut = rng.choice((0, i, j, 6))
-        body = array_body(header, np.zeros(SPEC.cut_bytes[cut] // 4, np.float32))
+        values = np.linspace(-1.0, 1.0, SPEC.cut_bytes[cut] // 4, dtype=np.float32)
+        if kind is Kind.INFER and rng.random() < 0.4:
+            shaped = values.reshape(1, 2, -1, 1) if rng.random() < 0.7 else values
+            body = array_body(header, encode(shaped, rng.choice(TRANSFERS[1:])))
+        else:
+            body = array_body(header, values)
         if kind is Kind.INFER and rng.random() < 0.3:
             limits = sorted(rng.sample((0.0, 0.1, 1.0, float("inf")), rng.randint(1, 4)))
             rows = tuple((limit_s, rng.randint(0, 6)) for limit_s in limits)
@@ -200,7 +207,8 @@ class Chain:
             queue = FairQueue(MAX_QUEUE)
             hello = {"name": f"n{index}", "boot": "b"}
             direct = 2 if index == 0 else None
-            config = CoreConfig(index, 3, SPEC, DIGEST, MAX_QUEUE, hello, direct, 1e6)
+            form = ("int8", "fp16", "float32")[index]
+            config = CoreConfig(index, 3, SPEC, DIGEST, MAX_QUEUE, hello, direct, 1e6, form)
             self.queues.append(queue)
             self.cores.append(NodeCore(config, queue, lambda now_s: {}, ConstantPowerMeter()))
 
@@ -237,19 +245,24 @@ class Chain:
             core.on_outcome(Outcome(job, now_s, now_s, unit_s=(0.1,) * 6), now_s)
             return
         try:
-            array_of(job.header, job.body)
+            as_float32(payload_of(job.header, job.body))
         except WireError as error:
             core.on_outcome(Outcome(job, now_s, now_s, error=str(error)), now_s)
             return
         output = np.zeros(SPEC.cut_bytes[job.stop] // 4, np.float32)
-        core.on_outcome(Outcome(job, now_s, now_s + 0.01, 0.01, output), now_s)
+        form = core.config.transfer if job.stop < SPEC.n_units else "float32"
+        coded = encode(output, form)
+        core.on_outcome(Outcome(job, now_s, now_s + 0.01, 0.01, coded, stop=job.stop), now_s)
 
 
 def parse_all(message: Message) -> str:
     """The parser alone: a frame, or a `WireError`; returns what came of it."""
     try:
         frame = parse(message)
-        if frame.header.dtype is not None:
+        if frame.header.affine:
+            values = as_float32(payload_of(frame.header, frame.body))
+            assert values.shape == frame.header.shape and np.isfinite(values).all()
+        elif frame.header.dtype is not None:
             assert array_of(frame.header, frame.body).nbytes == frame.header.body_bytes
         elif frame.body is not None:
             decode_json(frame.body)

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from env._stations import Departures, Rates, Station
+from env._transfer import transfer_costs
 from env.conditions import IntervalConditions, mean_delay_s, process_mean
 from env.predict import CostModel
 from env.scenario import MAX_ONE_WAY_DELAY_S
@@ -85,6 +86,7 @@ class Chain:
         self._prefix_s = profile.work_prefix_s()
         self._overhead_s = np.array([n.stage_overhead_s for n in profile.nodes])
         self._cut_bytes = profile.cut_bytes()
+        self._transfers = transfer_costs(profile)
         self._delay_s = np.array([mean_delay_s(h) for h in scenario.hops])
         self.delay_varies = any(h.delay is not None for h in scenario.hops)
         self.overhead_s = np.array([h.frame_overhead_s for h in profile.hops])
@@ -101,6 +103,8 @@ class Chain:
         """Empty stations; hops are always timed."""
         largest = np.empty(self.n_stations)
         largest[0::2] = self._prefix_s[:, -1] + self._overhead_s
+        if self._transfers is not None:
+            largest[0::2] += self._transfers.most_s
         largest[1::2] = self.probe_limit_bytes
         # Admission is approximate, so leave room for more than the bound; and for a probe.
         largest *= 3 * self._max_in_flight + 2
@@ -139,7 +143,20 @@ class Chain:
             if k < self.n_hops:
                 works.append(np.where(cuts[:, k] < n, self._cut_bytes.take(cuts[:, k]), -1.0))
                 before = cuts[:, k]
+        if self._transfers is not None:
+            self._convert(works, cuts)
         return works
+
+    def _convert(self, works: list[F64], cuts: I64) -> None:
+        """Put what the hops' transfers make of sizes and seconds into `works`."""
+        assert self._transfers is not None
+        size = self._transfers.hop_bytes(cuts)
+        seconds, visited = self._transfers.node_s(cuts)
+        for k in range(self.n_nodes):
+            work = np.where(works[2 * k] >= 0.0, works[2 * k], self._overhead_s[k])
+            works[2 * k] = np.where(visited[:, k], work + seconds[:, k], -1.0)
+            if k < self.n_hops:
+                works[2 * k + 1] = np.where(cuts[:, k] < self.n_units, size[:, k], -1.0)
 
     def rates(
         self, conditions: IntervalConditions, substep_s: float, last_s: float | None = None

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from env._accounting import MEASURED_BYTES
 from env._stations import Rates, RequestStore, Station
+from env._transfer import transfer_costs
 from executor.profile import Profile
 
 __all__ = ["LateBinding"]
@@ -242,6 +243,7 @@ class LateBinding:
         self._fog_overhead_s = profile.nodes[1].stage_overhead_s
         self._cloud_overhead_s = profile.nodes[2].stage_overhead_s
         self._bytes = profile.cut_bytes()
+        self._transfers = transfer_costs(profile)
 
     def choose(
         self,
@@ -305,8 +307,14 @@ class LateBinding:
         start, n = store.cuts[slot, 0], self._n
         fog_s = self._fog_s.take(cut) - self._fog_s.take(start) + self._fog_overhead_s
         cloud_s = self._cloud_s[n] - self._cloud_s.take(cut) + self._cloud_overhead_s
-        store.work[FOG, slot] = np.where(cut > start, fog_s, 0.0)
-        store.work[HOP, slot] = np.where(cut < n, self._bytes.take(cut), -1.0)
+        visits, size = cut > start, self._bytes.take(cut)
+        if self._transfers is not None:
+            both = np.stack([start, cut], axis=-1)
+            converting, visited = self._transfers.node_s(both)
+            fog_s, cloud_s = fog_s + converting[:, 1], cloud_s + converting[:, 2]
+            visits, size = visited[:, 1], self._transfers.hop_bytes(both)[:, 1]
+        store.work[FOG, slot] = np.where(visits, fog_s, 0.0)
+        store.work[HOP, slot] = np.where(cut < n, size, -1.0)
         store.work[CLOUD, slot] = np.where(cut < n, cloud_s, -1.0)
         store.cuts[slot, 1] = cut
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from env._transfer import transfer_costs
 from env.predict import CostModel
 from executor.errors import ConfigError
 from executor.late import CutTable
@@ -77,6 +78,7 @@ class LateRule:
         self._constrained = scenario.constrained
         self._cuts = np.unique(model.table.cuts[:, 1])
         self._prefix_s, self._bytes = profile.work_prefix_s(), profile.cut_bytes()
+        self._transfers = transfer_costs(profile)
         self._stage_s = [node.stage_overhead_s for node in profile.nodes]
         self._frame_s = profile.hops[1].frame_overhead_s
         weights = scenario.weights
@@ -127,11 +129,17 @@ class LateRule:
         slow = 1.0 / (1.0 - state.node_load)
         arrival = state.arrival_rps[:, None]
 
-        fog_s = (
-            self._prefix_s[1][ends] - self._prefix_s[1][start] + self._stage_s[1] * (ends > start)
-        )
-        cloud_s = crossed * (self._prefix_s[2][n] - self._prefix_s[2][ends] + self._stage_s[2])
-        hop_s = crossed * (self._bytes[ends] / rate + self._frame_s)
+        visits, size = ends > start, self._bytes[ends]
+        fog_s = self._prefix_s[1][ends] - self._prefix_s[1][start]
+        cloud_s = self._prefix_s[2][n] - self._prefix_s[2][ends]
+        if self._transfers is not None:
+            both = np.stack(np.broadcast_arrays(start, ends), axis=-1)
+            converting, visited = self._transfers.node_s(both)
+            fog_s, cloud_s = fog_s + converting[..., 1], cloud_s + converting[..., 2]
+            visits, size = visited[..., 1], self._transfers.hop_bytes(both)[..., 1]
+        fog_s = fog_s + self._stage_s[1] * visits
+        cloud_s = crossed * (cloud_s + self._stage_s[2])
+        hop_s = crossed * (size / rate + self._frame_s)
         back_s = state.rtt_s[:, 1:2] + self._bytes[-1] / rate
         fog_wall, cloud_wall = fog_s * slow[:, 1:2], cloud_s * slow[:, 2:]
         wait_s = state.node_backlog_s * slow

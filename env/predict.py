@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from env._transfer import transfer_costs
 from env.conditions import BYTES_PER_S_PER_MBPS, process_mean, typical_mbps
 from env.cost import References
 from env.scenario import Scenario
@@ -58,7 +59,9 @@ class PlanTable:
 
     Attributes:
         cuts: [A, H].
-        work_s: [A, N] unloaded compute seconds (stage overhead included).
+        work_s: [A, N] unloaded compute seconds (stage overhead and conversions included).
+        convert_s: [A, N] what of that converts activations for the hops (`env._transfer`).
+        runs: [A, N] whether it has units there.
         hop_bytes: [A, H], 0 where the hop is not crossed.
         crossed: [A, H] 1.0 where the hop is crossed.
     """
@@ -73,9 +76,17 @@ class PlanTable:
         node = np.arange(n_nodes)
         work = prefix[node, bounds[:, 1:]] - prefix[node, bounds[:, :-1]]
         overhead = np.array([x.stage_overhead_s for x in profile.nodes])
-        self.work_s: F64 = work + overhead * (bounds[:, 1:] > bounds[:, :-1])
+        self.runs: Mask = bounds[:, 1:] > bounds[:, :-1]
         self.crossed: F64 = (self.cuts < n).astype(np.float64)
-        self.hop_bytes: F64 = sizes[self.cuts] * self.crossed
+        self.convert_s: F64 = np.zeros_like(work)
+        transfers = transfer_costs(profile)
+        if transfers is None:
+            self.work_s: F64 = work + overhead * self.runs
+            self.hop_bytes: F64 = sizes[self.cuts] * self.crossed
+        else:
+            self.convert_s, visited = transfers.node_s(self.cuts)
+            self.work_s = work + self.convert_s + overhead * visited
+            self.hop_bytes = transfers.hop_bytes(self.cuts) * self.crossed
 
 
 @dataclass(frozen=True)

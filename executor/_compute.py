@@ -6,18 +6,21 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from executor._fairness import FairBuffer
+from executor.codec import Affine, as_float32, encode, form_of
 from executor.errors import SplitpilotError
 from executor.model import UnitChain
 from executor.pacing import Pacer
-from executor.profiler import profile_units
-from executor.wire import Header, array_of
+from executor.profile import Conversion
+from executor.profiler import profile_conversions, profile_units
+from executor.wire import Header, payload_of
 
 __all__ = ["Computer", "FairQueue", "Job", "Outcome", "WorkEstimate"]
 
@@ -34,7 +37,7 @@ class Job:
         header: The request.
         body: The stage's input.
         start: First unit.
-        stop: One past the last unit.
+        stop: One past the last unit; `start` where the input only is to be encoded for the hop.
         profile_repeats: Timed passes per unit; 0 for a stage.
         choose: Gives another `stop` when the stage's turn has come (late binding).
     """
@@ -51,17 +54,26 @@ class Job:
 class Outcome:
     """What became of a job: an output, unit times, or the reason it failed.
 
-    `stop` is one past the last unit that was run, which a job may choose late.
+    `stop` is one past the last unit that was run, which a job may choose late. An output that goes
+    on over the hop is in the form that it crosses in.
     """
 
     job: Job
     start_s: float
     end_s: float
     work_s: float = 0.0
-    output: NDArray[np.generic] | None = None
+    output: NDArray[np.generic] | Affine | None = None
     unit_s: tuple[float, ...] = ()
     error: str = ""
     stop: int = 0
+    conversions: tuple[Conversion, ...] = ()
+
+    def profile(self) -> dict[str, Any]:
+        """The measured times as a PROFILE_REPLY carries them."""
+        values: dict[str, Any] = {"unit_s": list(self.unit_s)}
+        if self.conversions:
+            values["conversions"] = [asdict(conversion) for conversion in self.conversions]
+        return values
 
 
 class FairQueue:
@@ -134,13 +146,15 @@ class WorkEstimate:
         """Take one measured stage; used as long as there is no profile."""
         old = self._stage_s.get((start, stop), work_s)
         self._stage_s[start, stop] = old + _SMOOTHING * (work_s - old)
+        if stop == start:
+            return
         per_unit = work_s / (stop - start)
         old = self._mean_unit_s or per_unit
         self._mean_unit_s = old + _SMOOTHING * (per_unit - old)
 
     def stage_s(self, start: int, stop: int) -> float:
         """Expected unloaded seconds of units [start, stop)."""
-        if self._prefix_s is not None:
+        if self._prefix_s is not None and start < stop:
             return float(self._prefix_s[stop] - self._prefix_s[start])
         return self._stage_s.get((start, stop), self._mean_unit_s * (stop - start))
 
@@ -153,7 +167,13 @@ class Computer:
     """
 
     def __init__(
-        self, chain: UnitChain, pacer: Pacer, queue: FairQueue, device: torch.device
+        self,
+        chain: UnitChain,
+        pacer: Pacer,
+        queue: FairQueue,
+        device: torch.device,
+        transfer: str = "float32",
+        forms: tuple[str, ...] = (),
     ) -> None:
         """Prepare.
 
@@ -162,7 +182,11 @@ class Computer:
             pacer: Runs each stage.
             queue: What waits, for `backlog_s`.
             device: Where the chain's weights are.
+            transfer: The form that outputs cross the hop in, and inputs passed on as float32.
+            forms: Forms in use on the chain, beside float32; what they take is profiled.
         """
+        self._transfer, self._forms = transfer, forms
+        self._conversions: dict[str, Conversion] = {}
         self.estimate = WorkEstimate(chain.spec.n_units)
         self._chain = chain
         self._pacer = pacer
@@ -190,7 +214,7 @@ class Computer:
         """Whether it is known to take less time than waking a thread is worth."""
         if job.profile_repeats or job.choose is not None:
             return False
-        return 0.0 < self.estimate.stage_s(job.start, job.stop) < _SHORT_S
+        return 0.0 < self._expected_s(job) < _SHORT_S
 
     def backlog_s(self, now_s: float) -> float:
         """Unloaded seconds of work queued, with what remains of the current job.
@@ -198,30 +222,52 @@ class Computer:
         A profile being taken counts as nothing: it is asked for, not part of the load.
         """
         jobs = self._queue.snapshot()
-        total_s = sum(self.estimate.stage_s(job.start, job.stop) for job in jobs)
+        total_s = sum(self._expected_s(job) for job in jobs)
         current = self._current
         if current is not None and not current[0].profile_repeats:
             job, started_s = current
             done_s = max(0.0, now_s - started_s) * (1.0 - self._load(now_s))
-            total_s += max(0.0, self.estimate.stage_s(job.start, job.stop) - done_s)
+            total_s += max(0.0, self._expected_s(job) - done_s)
+        return total_s
+
+    def _expected_s(self, job: Job) -> float:
+        """Unloaded seconds a job is expected to take; a measured stage has its conversions in."""
+        total_s = self.estimate.stage_s(job.start, job.stop)
+        if not self._conversions or job.profile_repeats:
+            return total_s
+        form = form_of(job.header.dtype, job.header.affine)
+        came, goes = self._conversions.get(form or ""), self._conversions.get(self._transfer)
+        if came is not None and job.start < job.stop:
+            total_s += came.decode_s[job.start]
+        if goes is not None and job.stop < self._chain.spec.n_units:
+            total_s += goes.encode_s[job.stop]
         return total_s
 
     def _load(self, now_s: float) -> float:
         return self._pacer.load.value_at(now_s) if self._pacer.ratio is not None else 0.0
 
     def _stage(self, job: Job) -> Outcome:
-        """Run units [start, stop) on the body; with none of them, the body is the output."""
-        array = array_of(job.header, job.body)
-        stop = job.stop if job.choose is None else job.choose()
-        if stop == job.start:
-            now_s = time.monotonic()
-            return Outcome(job, now_s, now_s, output=array, stop=stop)
+        """Run units [start, stop) on the body; with none of them, the body is the output.
 
-        def compute() -> NDArray[np.generic]:
-            x = torch.from_numpy(array).to(self._device)
-            y = self._chain.run(x, job.start, stop)
-            result: NDArray[np.generic] = y.cpu().contiguous().numpy()
-            return result
+        Reading a body that is not float32, and encoding the output for the hop, is part of the
+        stage's work. What is encoded already and only goes on is left as it came.
+        """
+        given = payload_of(job.header, job.body)
+        stop = job.stop if job.choose is None else job.choose()
+        goes_on = stop < self._chain.spec.n_units
+        transfer = self._transfer if goes_on else "float32"
+        coded = isinstance(given, Affine) or given.dtype != np.float32
+        if stop == job.start and (coded or transfer == "float32"):
+            now_s = time.monotonic()
+            return Outcome(job, now_s, now_s, output=given, stop=stop)
+
+        def compute() -> NDArray[np.generic] | Affine:
+            array = as_float32(given)
+            if stop > job.start:
+                x = torch.from_numpy(array).to(self._device)
+                y = self._chain.run(x, job.start, stop)
+                array = y.cpu().contiguous().numpy()
+            return encode(array, transfer)
 
         start_s = time.monotonic()
         output, work_s = self._pacer.run(compute)
@@ -234,5 +280,11 @@ class Computer:
         start_s = time.monotonic()
         pacer = Pacer(self._pacer.ratio)
         unit_s = tuple(profile_units(self._chain, pacer.run, repeats=job.profile_repeats))
+        conversions: tuple[Conversion, ...] = ()
+        if self._forms:
+            conversions = profile_conversions(
+                self._chain, pacer.run, self._forms, job.profile_repeats
+            )
         self.estimate.learn_profile(unit_s)
-        return Outcome(job, start_s, time.monotonic(), unit_s=unit_s)
+        self._conversions = {conversion.form: conversion for conversion in conversions}
+        return Outcome(job, start_s, time.monotonic(), unit_s=unit_s, conversions=conversions)

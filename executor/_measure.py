@@ -42,7 +42,7 @@ def measure_hop(client: Client, hop: int, round_trips: int) -> HopModel:
 
 
 def measure_profile(client: Client, repeats: int) -> Profile:
-    """Unit times of every node, then every hop, then each node's overhead per stage.
+    """Unit (and conversion) times of every node, then every hop, then the overhead per stage.
 
     Nodes are profiled one after the other (in the testbed they share cores), at no load. Last, a
     few requests run through all nodes one at a time; what a stage took there beyond its work is
@@ -50,7 +50,7 @@ def measure_profile(client: Client, repeats: int) -> Profile:
     """
     n_nodes = client.cluster.n_nodes
     spec = model_spec(client.cluster.model)
-    unit_s = [client.profile_node(index, repeats) for index in range(n_nodes)]
+    times = [client.profile_times(index, repeats) for index in range(n_nodes)]
     round_trips = min(repeats, _MAX_ROUND_TRIPS)
     hops = tuple(measure_hop(client, hop, round_trips) for hop in range(n_nodes - 1))
     plan = Plan(tuple(spec.n_units * (hop + 1) // n_nodes for hop in range(n_nodes - 1)))
@@ -66,10 +66,12 @@ def measure_profile(client: Client, repeats: int) -> Profile:
         nodes.append(
             NodeProfile(
                 name=str(hello["name"]),
-                unit_s=unit_s[index],
+                unit_s=times[index][0],
                 stage_overhead_s=overhead_s,
                 power=device_power(str(hello["device"])),
                 meter=str(hello["meter"]),
+                transfer=client.cluster.nodes[index].transfer,
+                conversions=times[index][1],
             )
         )
     digest = str(client.nodes[0]["digest"])

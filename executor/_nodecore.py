@@ -25,6 +25,7 @@ from executor._limits import PeerLimits, Routes
 from executor._listeners import STATUS_PERIOD_S, Listeners
 from executor._requests import Refusal, check_size, over_rate, seconds, split, stage_of, whole
 from executor._ways import Way, Ways
+from executor.codec import form_of
 from executor.energy import Meter
 from executor.errors import FrameDamaged, WireError
 from executor.late import chooser, rebound
@@ -65,6 +66,8 @@ class CoreConfig:
         hello: What the node says of itself in a handshake; `boot` names its process.
         direct: The node it has a direct link to, if any.
         peer_rate_rps: Messages a second taken from one connection in the long run.
+        transfer: The form (`executor.codec`) that activations leave this node in, down the chain;
+            those that came in another one than float32 are passed on as they came.
     """
 
     index: int
@@ -75,6 +78,7 @@ class CoreConfig:
     hello: Mapping[str, Any]
     direct: int | None = None
     peer_rate_rps: float = 2000.0
+    transfer: str = "float32"
 
 
 class NodeCore:
@@ -229,7 +233,7 @@ class NodeCore:
             if outcome.error:
                 self._error(header, "failed", outcome.error)
             else:
-                self._json_up(header.reply(Kind.PROFILE_REPLY), {"unit_s": list(outcome.unit_s)})
+                self._json_up(header.reply(Kind.PROFILE_REPLY), outcome.profile())
             return
         if outcome.output is not None:
             self._meter.note_work(active_s=outcome.work_s)
@@ -295,7 +299,8 @@ class NodeCore:
             ack = header.reply(Kind.ACK)
             ack.clock_s = (header.clock_s[0], now_s, time.monotonic())
             self.up.append((identity, [pack(ack)]))
-        start, stop = stage_of(header, k, self.config.n_nodes, self.config.spec, self.config.digest)
+        config = self.config
+        start, stop = stage_of(header, body, k, config.n_nodes, config.spec, config.digest)
         old = self._ways.get(header)
         if old is not None and header.tries <= old.header.tries:
             self.duplicates += 1
@@ -319,7 +324,8 @@ class NodeCore:
         if start == stop and choose is not None:  # what is only relayed has its turn now
             stop = choose()
             header.cuts = rebound(Plan(header.cuts), k, stop).cuts
-        if start == stop:
+        plain = form_of(header.dtype, header.affine) == "float32"
+        if start == stop and not (plain and config.transfer != "float32"):
             self._send_down(header, body, now_s)
         elif way.job is None:
             way.job = Job(header, body, start, stop, choose=choose)

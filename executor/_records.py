@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from executor.errors import RequestError, WireError
+from executor.errors import ConfigError, RequestError, WireError
+from executor.profile import Conversion
 from executor.wire import Header
 
 if TYPE_CHECKING:
@@ -20,9 +22,11 @@ __all__ = [
     "NodeStatus",
     "Reply",
     "RequestRecord",
+    "conversions",
     "durations",
     "hello_problem",
     "node_index",
+    "transfer_problem",
 ]
 
 
@@ -225,6 +229,23 @@ def hello_problem(reply: dict[str, Any], expected: dict[str, Any]) -> str:
     return ""
 
 
+def transfer_problem(reply: dict[str, Any], own: str, before: Iterable[str]) -> str:
+    """What of a handshake keeps the configured transfers from being used, "" if nothing does.
+
+    Args:
+        reply: What the node says. One that says nothing of transfers knows float32 only.
+        own: How activations are to leave it, one of `executor.codec.TRANSFERS`.
+        before: How they leave the nodes before it.
+    """
+    sends, reads = reply.get("transfer", "float32"), reply.get("reads", ["float32"])
+    if sends != own:
+        return f"expected transfer {own!r}, got {sends!r}; give every machine the same file"
+    unread = [t for t in before if not isinstance(reads, list) or t not in reads]
+    if unread:
+        return f"it cannot read {unread[0]} activations, which come from a node before; update it"
+    return ""
+
+
 def durations(reply: dict[str, Any], key: str, count: int) -> tuple[float, ...]:
     """A list of `count` durations from a reply.
 
@@ -239,3 +260,23 @@ def durations(reply: dict[str, Any], key: str, count: int) -> tuple[float, ...]:
     ):
         raise RequestError(f"expected {count} durations in {key}, got {values!r}")
     return tuple(map(float, values))
+
+
+def conversions(reply: dict[str, Any], n_units: int) -> tuple[Conversion, ...]:
+    """What a node says that forms of transfer take on it; none where it says nothing.
+
+    Raises:
+        RequestError: It is not what it should be.
+    """
+    found = []
+    try:
+        for raw in reply.get("conversions", []):
+            sizes = raw["cut_bytes"]
+            if not isinstance(sizes, list) or not all(type(size) is int for size in sizes):
+                raise RequestError(f"expected whole numbers in cut_bytes, got {sizes!r}")
+            times = (durations(raw, key, n_units) for key in ("encode_s", "decode_s"))
+            found.append(Conversion(str(raw["form"]), tuple(sizes), *times))
+            found[-1].check(n_units)
+    except (TypeError, KeyError, AttributeError, ConfigError) as error:
+        raise RequestError(f"not what conversions take: {error!r}") from error
+    return tuple(found)

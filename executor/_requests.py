@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from executor._hop import Parts
+from executor.codec import TRANSFERS, Affine, check_affine, form_of
 from executor.errors import ConfigError, WireError
 from executor.late import check_tables
 from executor.plan import ModelSpec, Plan
@@ -59,12 +63,13 @@ def check_size(header: Header) -> None:
 
 
 def stage_of(
-    header: Header, node: int, n_nodes: int, spec: ModelSpec, digest: bytes
+    header: Header, body: memoryview | None, node: int, n_nodes: int, spec: ModelSpec, digest: bytes
 ) -> tuple[int, int]:
     """The units [start, stop) that a node computes of an inference; none where both are equal.
 
     Args:
         header: The inference's.
+        body: Its body.
         node: The node's place in the chain.
         n_nodes: Nodes in the chain.
         spec: Its model.
@@ -87,10 +92,15 @@ def stage_of(
     if node > plan.last_node(spec.n_units):
         raise Refusal("bad_plan", f"plan {plan} ends before this node")
     start, stop = plan.stage(node, spec.n_units)
-    expected = spec.cut_bytes[start]
-    if header.dtype is None or header.dtype.name != "float32" or header.body_bytes != expected:
-        got = f"{header.body_bytes} bytes of {header.dtype or 'no dtype'}"
-        raise WireError(f"cut {start} carries {expected} bytes of float32, got {got}")
+    expected, form = spec.cut_bytes[start], form_of(header.dtype, header.affine)
+    if form is None or 4 * math.prod(header.shape) != expected:
+        got = f"{header.body_bytes} bytes of {form or header.dtype or 'no dtype'}"
+        raise WireError(
+            f"cut {start} carries {expected} bytes of float32 (or as many values in another form "
+            f"that is known here: {', '.join(TRANSFERS[1:])}), got {got}"
+        )
+    if header.affine and body is not None:
+        check_affine(Affine(np.frombuffer(body, np.uint8), header.shape))
     return start, stop
 
 

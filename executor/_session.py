@@ -22,7 +22,14 @@ from numpy.typing import NDArray
 
 from executor._hop import Hop, Parts, localise
 from executor._pending import Pending, PendingTable
-from executor._records import NodeStatus, Reply, RequestRecord, hello_problem, node_index
+from executor._records import (
+    NodeStatus,
+    Reply,
+    RequestRecord,
+    hello_problem,
+    node_index,
+    transfer_problem,
+)
 from executor._requests import seconds, split
 from executor._sockets import (
     connect_dealer,
@@ -359,8 +366,11 @@ class Session:
             if complete and self._requests.settle(header.seq) is not None:
                 pending.future.set_result(None)
         elif self._recovery is not None:
-            expected = {"name": self._cluster.nodes[index].name, **self._expected}
+            node = self._cluster.nodes[index]
+            expected = {"name": node.name, **self._expected}
             problem = hello_problem(reply, expected)
+            forms = self._cluster.transfers[:index]
+            problem = problem or transfer_problem(reply, node.transfer, forms)
             before = self._recovery.counts.refused_nodes
             instructions = self._recovery.hello(index, reply["boot"], problem, now_s)
             if self._recovery.counts.refused_nodes > before:

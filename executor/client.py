@@ -21,7 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from executor._pending import Pending, PendingTable
-from executor._records import NodeStatus, Reply, RequestRecord, durations, hello_problem
+from executor._records import (
+    NodeStatus,
+    Reply,
+    RequestRecord,
+    conversions,
+    durations,
+    hello_problem,
+    transfer_problem,
+)
 from executor._session import Session
 from executor.cluster import Cluster
 from executor.errors import HandshakeError, RequestError
@@ -33,7 +41,7 @@ from executor.wire import Header, Kind, array_body, attach, encode_json, pack
 if TYPE_CHECKING:
     import torch
 
-    from executor.profile import Profile
+    from executor.profile import Conversion, Profile
 
 __all__ = ["Client", "Counts", "NodeStatus", "Reply", "RequestRecord"]
 
@@ -131,6 +139,8 @@ class Client:
         expected |= {key: replies[0][key] for key in ("digest", "n_units")}
         for index, node in enumerate(nodes):
             problem = hello_problem(replies[index], {"name": node.name, **expected})
+            before = self.cluster.transfers[:index]
+            problem = problem or transfer_problem(replies[index], node.transfer, before)
             if problem:
                 raise HandshakeError(f"node {node.name}: {problem}")
         session.accept([replies[index] for index in range(len(nodes))], expected)
@@ -243,8 +253,19 @@ class Client:
         Raises:
             RequestError: The node failed or refused; RequestTimeout if it did not answer.
         """
+        return self.profile_times(node, repeats)[0]
+
+    def profile_times(
+        self, node: int, repeats: int = 10
+    ) -> tuple[tuple[float, ...], tuple[Conversion, ...]]:
+        """As `profile_node`, and what the forms of transfer in use on the chain take there.
+
+        Raises:
+            RequestError: The node failed or refused; RequestTimeout if it did not answer.
+        """
         reply = self._ask(Kind.PROFILE, {"node": node, "repeats": repeats}, _PROFILE_TIMEOUT_S)
-        return durations(reply, "unit_s", self._connected().nodes[node]["n_units"])
+        n_units = self._connected().nodes[node]["n_units"]
+        return durations(reply, "unit_s", n_units), conversions(reply, n_units)
 
     def profile(self, repeats: int = 10) -> Profile:
         """Measure the whole chain: every node's units, every hop, every node's overhead.

@@ -41,6 +41,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from executor.codec import check_transfer
 from executor.errors import ConfigError
 from executor.modelref import absolute_model, model_label
 
@@ -70,6 +71,8 @@ class NodeConfig:
         torch_device: "cpu" or "cuda".
         allow: Names of the keys it accepts; empty for the default, see `Cluster.allowed`.
         metrics_port: TCP port of `/metrics` and `/healthz`; 0 for none.
+        transfer: How activations leave it for the nodes after it: "float32" (as they are), "fp16"
+            or "int8" (`executor.codec`). One that came in another form goes on as it came.
     """
 
     name: str
@@ -81,6 +84,7 @@ class NodeConfig:
     torch_device: str = "cpu"
     allow: tuple[str, ...] = ()
     metrics_port: int = 0
+    transfer: str = "float32"
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not KEY_NAME.fullmatch(self.name):
@@ -105,6 +109,7 @@ class NodeConfig:
             object.__setattr__(self, "connect_host", self.host)
         if not self.connect_port:
             object.__setattr__(self, "connect_port", self.port)
+        check_transfer(self.transfer, f"node {self.name}")
         for name in self.allow:
             if not isinstance(name, str) or not KEY_NAME.fullmatch(name):
                 raise ConfigError(f"node {self.name}: allow must list names of keys, got {name!r}")
@@ -207,6 +212,11 @@ class Cluster:
         rate = self.peer_rate_rps
         if not isinstance(rate, int | float) or isinstance(rate, bool) or not 1 <= rate < math.inf:
             raise ConfigError(f"cluster: peer_rate_rps must be at least 1, got {rate!r}")
+        if self.nodes[-1].transfer != "float32":
+            raise ConfigError(
+                f"node {names[-1]}: transfer = {self.nodes[-1].transfer!r} has no effect on the "
+                "last node, whose output stays float32; leave it out"
+            )
         self._check_allow()
 
     def _check_allow(self) -> None:
@@ -238,6 +248,11 @@ class Cluster:
     def n_nodes(self) -> int:
         """Number of nodes N."""
         return len(self.nodes)
+
+    @property
+    def transfers(self) -> tuple[str, ...]:
+        """Per hop, how activations cross it that no node before has encoded."""
+        return tuple(node.transfer for node in self.nodes[:-1])
 
     @property
     def direct_links(self) -> dict[int, int]:
@@ -352,6 +367,8 @@ class Cluster:
             lines += ["", "[[nodes]]", f"name = {_quote(node.name)}", f"host = {_quote(node.host)}"]
             lines += [f"port = {node.port}", f"device = {_quote(node.device)}"]
             lines.append(f"torch_device = {_quote(node.torch_device)}")
+            if node.transfer != "float32":
+                lines.append(f"transfer = {_quote(node.transfer)}")
             if node.metrics_port:
                 lines.append(f"metrics_port = {node.metrics_port}")
             if (node.connect_host, node.connect_port) != (node.host, node.port):
@@ -381,7 +398,7 @@ def is_loopback(host: str) -> bool:
 def _node(raw: dict[str, Any]) -> NodeConfig:
     """Build a node from its TOML table."""
     where = f"node {raw.get('name', '?')}"
-    known = {"name", "host", "port", "device", "torch_device", "connect", "allow", "metrics_port"}
+    known = {f.name for f in fields(NodeConfig)} - {"connect_host", "connect_port"} | {"connect"}
     _known(raw, known, where)
     missing = sorted({"name", "host", "port"} - raw.keys())
     if missing:

@@ -42,6 +42,7 @@ from executor._watched import WatchedCore
 from executor.arguments import Parser
 from executor.backends import build_backend
 from executor.cluster import Cluster
+from executor.codec import TRANSFERS
 from executor.energy import best_meter
 from executor.errors import ConfigError
 from executor.logs import add_log_arguments, configure_logging
@@ -140,6 +141,8 @@ class Node:
                 "meter": meter.name,
                 "pid": os.getpid(),
                 "boot": uuid.uuid4().hex[:16],
+                "transfer": config.transfer,
+                "reads": list(TRANSFERS),
             }
             core_config = CoreConfig(
                 index=index,
@@ -150,9 +153,17 @@ class Node:
                 hello=hello,
                 peer_rate_rps=cluster.peer_rate_rps,
                 direct=cluster.direct_links.get(index),
+                transfer=config.transfer,
             )
             self._core = WatchedCore(core_config, self._jobs, self._measure, meter)
-            self._computer = Computer(chain, self._pacer, self._jobs, chain.device)
+            self._computer = Computer(
+                chain,
+                self._pacer,
+                self._jobs,
+                chain.device,
+                transfer=config.transfer,
+                forms=tuple(t for t in TRANSFERS[1:] if t in cluster.transfers),
+            )
             self._mover = Mover(self._core, self._router, self._handshakes, self._dialled)
         except BaseException:
             self.close()

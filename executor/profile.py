@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from executor.codec import check_transfer
 from executor.errors import ConfigError, ProfileError
 from executor.files import write_atomic
 from executor.plan import ModelSpec
 
-__all__ = ["HopModel", "NodePower", "NodeProfile", "Profile"]
+__all__ = ["Conversion", "HopModel", "NodePower", "NodeProfile", "Profile"]
 
 FORMAT_VERSION = 1
 
@@ -36,6 +37,33 @@ class NodePower:
 
 
 @dataclass(frozen=True)
+class Conversion:
+    """What a form of transfer (`executor.codec`) takes on a node; the output is never encoded.
+
+    Attributes:
+        form: "fp16" or "int8".
+        cut_bytes: Bytes that cross at each cut in that form, cuts 0..n - 1.
+        encode_s: Unloaded seconds to encode the activation at each cut, n values.
+        decode_s: Unloaded seconds to decode it, n values.
+    """
+
+    form: str
+    cut_bytes: tuple[int, ...]
+    encode_s: tuple[float, ...]
+    decode_s: tuple[float, ...]
+
+    def check(self, n_units: int) -> None:
+        """Raise ConfigError unless it is of a model of `n_units`."""
+        check_transfer(self.form, "conversion")
+        for name in ("cut_bytes", "encode_s", "decode_s"):
+            values = getattr(self, name)
+            if len(values) != n_units:
+                raise ConfigError(f"{self.form}: {len(values)} {name}, expected {n_units}")
+            if not all(np.isfinite(values)) or min(values) < 0:
+                raise ConfigError(f"{self.form}: {name} must be finite and >= 0")
+
+
+@dataclass(frozen=True)
 class NodeProfile:
     """One node's measured cost.
 
@@ -45,6 +73,8 @@ class NodeProfile:
         stage_overhead_s: Seconds per request that ran a stage here, beyond its units.
         power: The device class's watts.
         meter: Name of the energy meter behind the figures.
+        transfer: How activations leave it for the next node (`executor.cluster.NodeConfig`).
+        conversions: What that takes, of every form in use on the chain; empty where none is.
     """
 
     name: str
@@ -52,6 +82,38 @@ class NodeProfile:
     stage_overhead_s: float
     power: NodePower
     meter: str
+    transfer: str = "float32"
+    conversions: tuple[Conversion, ...] = ()
+
+    def conversion(self, form: str) -> Conversion:
+        """What a form takes here.
+
+        Raises:
+            ProfileError: It was not measured.
+        """
+        for conversion in self.conversions:
+            if conversion.form == form:
+                return conversion
+        raise ProfileError(
+            f"node {self.name}: what {form} takes was not measured; profile the nodes anew"
+        )
+
+    def scaled(self, factor: float) -> NodeProfile:
+        """The same node, `factor` times as slow."""
+        conversions = tuple(
+            replace(
+                c,
+                encode_s=tuple(s * factor for s in c.encode_s),
+                decode_s=tuple(s * factor for s in c.decode_s),
+            )
+            for c in self.conversions
+        )
+        return replace(
+            self,
+            unit_s=tuple(s * factor for s in self.unit_s),
+            stage_overhead_s=self.stage_overhead_s * factor,
+            conversions=conversions,
+        )
 
 
 @dataclass(frozen=True)
@@ -92,14 +154,33 @@ class Profile:
                 )
             if not all(np.isfinite(node.unit_s)) or min(node.unit_s) < 0:
                 raise ProfileError(f"node {node.name}: unit times must be finite and >= 0")
+        self._check_transfers()
         for hop in self.hops:
             if not hop.bytes_per_s > 0:
                 raise ProfileError(f"hop bandwidth must be positive, got {hop.bytes_per_s} bytes/s")
+
+    def _check_transfers(self) -> None:
+        """Refuse transfers whose cost is not known: nobody could decide with them."""
+        try:
+            for node in self.nodes:
+                check_transfer(node.transfer, f"node {node.name}")
+                for conversion in node.conversions:
+                    conversion.check(self.spec.n_units)
+            for k, form in enumerate(self.transfers):
+                for node in self.nodes[k:] if form != "float32" else ():
+                    node.conversion(form)
+        except ConfigError as error:
+            raise ProfileError(f"profile of {self.spec.name}: {error}") from error
 
     @property
     def n_nodes(self) -> int:
         """Number of nodes N."""
         return len(self.nodes)
+
+    @property
+    def transfers(self) -> tuple[str, ...]:
+        """Per hop, how activations cross it that no node before has encoded."""
+        return tuple(node.transfer for node in self.nodes[:-1])
 
     def work_prefix_s(self) -> NDArray[np.float64]:
         """Cumulative unit seconds, shape [N, n + 1]; a stage [a, b) costs prefix[b] - prefix[a]."""
@@ -120,8 +201,12 @@ class Profile:
         return hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:16]
 
     def to_json(self) -> str:
-        """The profile as JSON text."""
-        return json.dumps({"version": FORMAT_VERSION, **asdict(self)}, indent=1) + "\n"
+        """The profile as JSON text; what is off is left out, so that older versions can read it."""
+        values = asdict(self)
+        for node in values["nodes"]:
+            if not node["conversions"]:
+                del node["transfer"], node["conversions"]
+        return json.dumps({"version": FORMAT_VERSION, **values}, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: str = "profile") -> Profile:
@@ -158,6 +243,16 @@ class Profile:
                             source=str(n["power"]["source"]),
                         ),
                         meter=str(n["meter"]),
+                        transfer=str(n.get("transfer", "float32")),
+                        conversions=tuple(
+                            Conversion(
+                                form=str(c["form"]),
+                                cut_bytes=tuple(map(int, c["cut_bytes"])),
+                                encode_s=tuple(map(float, c["encode_s"])),
+                                decode_s=tuple(map(float, c["decode_s"])),
+                            )
+                            for c in n.get("conversions", ())
+                        ),
                     )
                     for n in raw["nodes"]
                 ),

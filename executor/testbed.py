@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from executor.child import Child
 from executor.cluster import Cluster, DirectLink, NodeConfig
+from executor.codec import check_transfer
 from executor.errors import ConfigError, HandshakeError
 from executor.modelref import absolute_model
 from executor.pacing import LoadTrace, Pacer
@@ -45,6 +46,7 @@ class TestbedNode:
         ratio: How many times slower than a core of this machine it is, positive.
         device: Device class (picks the power figures).
         load: Background load it starts with, clipped to [0, 0.9].
+        transfer: How activations leave it (`executor.cluster.NodeConfig`).
     """
 
     __test__: ClassVar[bool] = False  # not a test class, whatever pytest makes of the name
@@ -53,6 +55,7 @@ class TestbedNode:
     ratio: float
     device: str
     load: float = 0.0
+    transfer: str = "float32"
 
     def __post_init__(self) -> None:
         try:
@@ -60,6 +63,7 @@ class TestbedNode:
             LoadTrace.constant(self.load)
         except ConfigError as error:
             raise ConfigError(f"testbed node {self.name}: {error}") from error
+        check_transfer(self.transfer, f"testbed node {self.name}")
 
 
 @dataclass(frozen=True)
@@ -294,6 +298,7 @@ class Testbed:
                         connect_host=HOST,
                         connect_port=dial,
                         device=node.device,
+                        transfer=node.transfer,
                     )
                     for node, port, dial in zip(self.nodes, ports, dials, strict=True)
                 ),
