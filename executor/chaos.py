@@ -33,7 +33,7 @@ from executor.client import Client
 from executor.errors import ConfigError, SplitpilotError
 from executor.files import write_atomic
 from executor.model import MODELS, build_chain, sample_input
-from executor.netns import add_isolation_argument
+from executor.netns import add_isolation_argument, check_isolation
 from executor.plan import ModelSpec, Plan
 from executor.testbed import DEFAULT_HOPS, Testbed, TestbedHop, TestbedNode
 
@@ -425,6 +425,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not (math.isfinite(args.minutes) and args.minutes > 0):
             raise ConfigError(f"--minutes must be positive, got {args.minutes}")
+        check_isolation(args.isolation, testbed=True)
         faults = _chosen(args.faults)
         report = run(
             args.model,
