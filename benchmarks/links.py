@@ -38,6 +38,7 @@ from executor.netns import add_isolation_argument, check_isolation, open_relay
 from executor.shaping import BYTES_PER_MBIT
 
 RATE_OFF, DELAY_OFF_S, STEP_OFF_S = 0.03, 0.001, 0.2
+HOLD_S, STEP_S = 3.0, 1.0  # of a stream's first rate, and of each one after
 WARM_S = 1.0  # TCP's start, and what the buffers took at once
 WINDOW_S = 0.1
 TIMEOUT_S = 30.0
@@ -166,10 +167,10 @@ def rate_mbps(samples: Samples, begin_s: float, end_s: float) -> float:
 
 
 def step_off_s(samples: Samples, step_s: float, before: float, after: float) -> float:
-    """How late the rate crossed the middle of two rates (bytes/s), around a step's time."""
+    """How late the rate crossed the middle of two rates (bytes/s); a whole step if it never did."""
     middle = (before + after) / 2.0
     tick_s = 0.005
-    for k in range(int(0.9 / tick_s)):
+    for k in range(int(0.9 * STEP_S / tick_s)):
         # Outwards from the step, so that the crossing nearest to it is found.
         for off_s in (k * tick_s, -k * tick_s):
             rates = [
@@ -179,7 +180,7 @@ def step_off_s(samples: Samples, step_s: float, before: float, after: float) -> 
             early, late = (rate / WINDOW_S for rate in rates)
             if (early - middle) * (late - middle) <= 0 and (late - early) * (after - before) > 0:
                 return off_s
-    return float("inf")
+    return STEP_S
 
 
 def check_stream(
@@ -187,17 +188,16 @@ def check_stream(
 ) -> Iterator[Row]:
     """A rate, then steps; `run` streams for so many seconds."""
     site.relay.set_delay(0, 0.0)
-    hold_s, step_s = 3.0, 1.0
-    t0_s = time.monotonic() + hold_s
+    t0_s = time.monotonic() + HOLD_S
     levels = [mbps * share for share in (*SHARES, 1.0)]
     # The first level holds until t0, being what a trace begins with.
-    site.relay.play_rate(0, t0_s - step_s, step_s, levels)
-    samples = run(hold_s + step_s * (len(levels) - 1))
+    site.relay.play_rate(0, t0_s - STEP_S, STEP_S, levels)
+    samples = run(HOLD_S + STEP_S * (len(levels) - 1))
     measured = rate_mbps(samples, samples[0][0] + WARM_S, t0_s - 0.1)
     yield Row(mbps, "rate", tool, mbps, measured, measured / mbps - 1, RATE_OFF, "Mbit/s")
     worst = 0.0
     for k, (before, after) in enumerate(pairwise(levels)):
-        at_s = t0_s + k * step_s
+        at_s = t0_s + k * STEP_S
         off_s = step_off_s(samples, at_s, before * BYTES_PER_MBIT, after * BYTES_PER_MBIT)
         worst = max(worst, off_s, key=abs)
     yield Row(mbps, f"{len(levels) - 1} steps", tool, 0.0, worst, worst, STEP_OFF_S, "s")
@@ -207,8 +207,8 @@ def check_back(site: Site, mbps: float) -> Row:
     """The rate of the way back."""
     site.relay.set_rate(0, mbps)
     with site.pair() as (near, far):
-        samples = stream(far, near, time.monotonic() + 3.0)
-    measured = rate_mbps(samples, samples[0][0] + WARM_S, samples[0][0] + 3.0)
+        samples = stream(far, near, time.monotonic() + HOLD_S)
+    measured = rate_mbps(samples, samples[0][0] + WARM_S, samples[0][0] + HOLD_S)
     off = measured / mbps - 1
     return Row(mbps, "rate back", "bare TCP", mbps, measured, off, RATE_OFF, "Mbit/s")
 

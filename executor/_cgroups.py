@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,13 +64,23 @@ class CpuGroups:
         group = self.base / name
         group.mkdir()
         period_us = round(PERIOD_S * 1e6)
-        quota_us = max(_MIN_QUOTA_US, round(cores * period_us))
+        quota_us = max(_MIN_QUOTA_US, round(min(cores, self._limit()) * period_us))
         if self.version == 1:
             (group / "cpu.cfs_period_us").write_text(str(period_us))
             (group / "cpu.cfs_quota_us").write_text(str(quota_us))
         else:
             (group / "cpu.max").write_text(f"{quota_us} {period_us}")
         return group
+
+    def _limit(self) -> float:
+        """Cores that the base itself may use: version 1 refuses a group in it any more."""
+        try:
+            quota_us, period_us = (
+                int((self.base / f"cpu.cfs_{what}_us").read_text()) for what in ("quota", "period")
+            )
+        except (OSError, ValueError):
+            return math.inf
+        return quota_us / period_us if quota_us > 0 else math.inf
 
     def names(self) -> list[str]:
         """Names of the groups there are."""

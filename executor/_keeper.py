@@ -111,8 +111,8 @@ class Keeper:
 
     def _namespace(self, name: str) -> IPRoute:
         with namespaces.step("create a network namespace"):
-            netns.create(name)
             self._namespaces.append(name)
+            netns.create(name)
             with namespaces.inside(name):
                 ip = IPRoute()
             self._ips.append(ip)

@@ -126,7 +126,8 @@ def sweep(groups: CpuGroups) -> list[str]:
     found = {*netns.listnetns(), *groups.names()}
     for name in sorted(found):
         match = _OURS.fullmatch(name)
-        if match is None or _keeps(int(match[1])):
+        # What bears our own number is of one that had it before us.
+        if match is None or (int(match[1]) != os.getpid() and _keeps(int(match[1]))):
             continue
         remove(name)
         swept.append(name if groups.remove(name) else f"{name} (busy)")

@@ -88,6 +88,10 @@ def test_cpu_groups_of_both_versions(tmp_path):
     group = groups.create("a", 0.25)
     assert (group / "cpu.cfs_period_us").read_text() == "20000"
     assert (group / "cpu.cfs_quota_us").read_text() == "5000"
+    (v1 / "cpu.cfs_quota_us").write_text("50000")
+    (v1 / "cpu.cfs_period_us").write_text("100000")
+    group = groups.create("c", 1.5)  # the base itself has half a core
+    assert (group / "cpu.cfs_quota_us").read_text() == "10000"
     v2 = tmp_path / "v2"
     v2.mkdir()
     for name in ("cgroup.controllers", "cgroup.subtree_control"):
