@@ -31,6 +31,7 @@ _FRAME_BYTES, _PAYLOAD_BYTES = 1514, 1448
 # What may leave at once: a bucket must outlast the wait for a timer, else its rate is missed.
 _BURST_S = 0.002
 _MIN_BURST_BYTES = 2 * _FRAME_BYTES
+_LEAST_RATE, _MOST_RATE = 125, 2**32 - 1
 # More than the sockets' buffers hold, so that nothing is dropped.
 _LIMIT_BYTES = 4 << 20
 
@@ -99,9 +100,11 @@ def connect(links: IPRoute, node: IPRoute, namespace: str, link: int, name: str)
 def shape(ip: IPRoute, index: int, bytes_per_s: float, *, new: bool = False) -> None:
     """Let full TCP segments carry so many payload bytes a second out of an interface.
 
-    The bucket counts whole frames, so its rate is higher by their headers.
+    The bucket counts whole frames, so its rate is higher by their headers. It is at least 1 kbit/s
+    and at most 34 Gbit/s, which is what the kernel's fields can hold.
     """
-    rate = max(1, round(bytes_per_s * _FRAME_BYTES / _PAYLOAD_BYTES))
+    rate = round(bytes_per_s * _FRAME_BYTES / _PAYLOAD_BYTES)
+    rate = min(max(rate, _LEAST_RATE), _MOST_RATE)
     burst = max(_MIN_BURST_BYTES, round(rate * _BURST_S))
     verb = "add" if new else "change"
     ip.tc(verb, "tbf", index, _ROOT, rate=rate, burst=burst, limit=_LIMIT_BYTES)

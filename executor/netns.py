@@ -117,7 +117,7 @@ class NetnsRelay(Relay):
         from executor._namespaces import KEEPER, PREFIX, addresses, inside
 
         self.client_host = addresses(0)[1]
-        self._addresses, self._inside, self._ends = addresses, inside, tuple(hops)
+        self._addresses, self._inside = addresses, inside
         self._keeper = Child("keeper of namespaces", KEEPER)
         try:
             cores = [QUOTA_HEADROOM / ratio for ratio in ratios]

@@ -203,6 +203,10 @@ def test_the_kernel_holds_bytes_to_the_rate(clean):
             begun_s = time.monotonic()
             far.recv(1)
             assert time.monotonic() - begun_s >= 0.15  # an outage is the relay's
+        for extreme in (1e-9, 1e9, 20.0):
+            relay.set_rate(0, extreme)
+        time.sleep(0.1)
+        assert relay._keeper.alive
         for bad in (0.0, -1.0, float("inf"), float("nan")):
             with pytest.raises(ConfigError):
                 relay.set_rate(0, bad)
