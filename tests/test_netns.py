@@ -142,7 +142,7 @@ def host():
     with IPRoute() as ip:
         return (
             [(x["index"], x.get_attr("IFLA_IFNAME"), x["flags"]) for x in ip.get_links()],
-            [str(x["attrs"]) for x in ip.get_addr() if not x.get_attr("IFA_CACHEINFO")],
+            [(x["index"], x.get_attr("IFA_ADDRESS")) for x in ip.get_addr()],
             [str(x["attrs"]) for x in ip.get_routes(family=socket.AF_INET)],
             [(x["index"], x.get_attr("TCA_KIND")) for x in ip.get_qdiscs()],
         )
