@@ -28,6 +28,7 @@ from agents.training import TrainingSettings
 from env.scenario import Scenario
 from executor.logs import add_log_arguments, configure_logging
 from executor.modelref import model_label
+from executor.netns import add_isolation_argument, check_isolation
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="TensorBoard's folder")
     parser.add_argument("--weights", default="none", help="none, DEFAULT or a file (testbed only)")
     add_transfer_argument(parser)
+    add_isolation_argument(parser)
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted training")
     add_log_arguments(parser)
     args = parser.parse_args(argv)
@@ -55,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(args, name) < 0:
             flag = name.replace("_", "-")
             parser.error(f"--{flag}: expected 0 or more, got {getattr(args, name)}")
+    check_isolation(args.isolation, testbed=args.cluster is None)
     training = TrainingSettings(seed=args.seed, hindsight=HindsightSettings(rounds=args.rounds))
     if args.steps:
         training = replace(training, steps=args.steps)
@@ -69,6 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         log_dir=args.runs / f"{model_label(args.model)}-{time.strftime('%Y%m%d-%H%M%S')}",
         cluster=args.cluster,
         weights=args.weights,
+        isolation=args.isolation,
         live_intervals=args.live_intervals,
         resume=args.resume,
     )

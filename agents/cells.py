@@ -215,4 +215,4 @@ def make_testbed_system(
     from agents.nodes import open_testbed
 
     forms = transfers(args.transfer, len(scenario.hops), True, "")
-    return open_testbed(args.model, scenario, profile, transfers=forms)
+    return open_testbed(args.model, scenario, profile, transfers=forms, isolation=args.isolation)

@@ -52,6 +52,7 @@ from executor.images import image_input
 from executor.logs import add_log_arguments, configure_logging
 from executor.model import model_spec
 from executor.modelref import model_label
+from executor.netns import add_isolation_argument, check_isolation
 
 __all__ = ["main"]
 
@@ -120,6 +121,7 @@ def open_system(args: Any, checkpoint: Checkpoint | None) -> Iterator[LiveSystem
     references = checkpoint.references if checkpoint else None
     instead = "set `transfer` in the cluster file"
     forms = transfers(args.transfer, len(scenario.hops), args.cluster is None, instead)
+    check_isolation(args.isolation, testbed=not args.cluster)
     if args.cluster:
         with open_cluster(args.cluster, args.model, scenario, source, references) as system:
             yield system
@@ -131,6 +133,7 @@ def open_system(args: Any, checkpoint: Checkpoint | None) -> Iterator[LiveSystem
         weights=args.weights,
         source=source,
         transfers=forms,
+        isolation=args.isolation,
     ) as system:
         yield system
 
@@ -161,6 +164,7 @@ def _parser() -> Parser:
     parser.add_argument("--checkpoint", type=Path, help="default: checkpoints/MODEL")
     parser.add_argument("--weights", default="none", help="none, DEFAULT or a file (testbed only)")
     add_transfer_argument(parser)
+    add_isolation_argument(parser)
     parser.add_argument("--seed", type=int, default=0, help="conditions and arrivals")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="TensorBoard's folder")
     parser.add_argument(

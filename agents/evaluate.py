@@ -33,6 +33,7 @@ from env.splits import PARTS
 from executor.errors import ConfigError
 from executor.files import write_json
 from executor.logs import add_log_arguments, configure_logging
+from executor.netns import add_isolation_argument, check_isolation
 
 __all__ = ["main"]
 
@@ -65,6 +66,7 @@ def _main(args: argparse.Namespace) -> int:
     elif args.model is None:
         raise ConfigError("give --model NAME, or --from-json FILE of an earlier run")
     else:
+        check_isolation(args.isolation, testbed=args.backend == "testbed")
         intervals = numbers("--interval", args.interval, "seconds", "0.05,1,10")
         if len(intervals) > 1:
             return _main_each(args, intervals, console)
@@ -141,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", type=model_argument, help=MODEL_HELP)
     add("--from-json", type=Path, help="show what an earlier run wrote with --json; run nothing")
     add("--backend", choices=("simulator", "testbed"), default="simulator")
+    add_isolation_argument(parser)
     add("--scenario", help="TOML file or shipped name, or several (lan,wan); default: default")
     add(
         "--traces",

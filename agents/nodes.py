@@ -51,7 +51,11 @@ def random_inputs(
 
 
 def start_testbed(
-    model: str, scenario: Scenario, weights: str = "none", transfers: Sequence[str] = ()
+    model: str,
+    scenario: Scenario,
+    weights: str = "none",
+    transfers: Sequence[str] = (),
+    isolation: str = "none",
 ) -> Testbed:
     """Start the scenario's nodes and hops on this machine, at their mean conditions, unloaded.
 
@@ -60,6 +64,7 @@ def start_testbed(
         scenario: Nodes and hops.
         weights: As `executor.model.build_chain`.
         transfers: Per hop, the form activations cross it in (`executor.codec`); float32 if empty.
+        isolation: As `executor.testbed.Testbed` takes it.
     """
     forms = [*(transfers or ["float32"] * len(scenario.hops)), "float32"]
     testbed = Testbed(
@@ -70,6 +75,7 @@ def start_testbed(
             for n, form in zip(scenario.nodes, forms, strict=True)
         ),
         hops=tuple(TestbedHop(process_mean(h.bandwidth), mean_delay_s(h)) for h in scenario.hops),
+        isolation=isolation,
     )
     testbed.__enter__()
     return testbed
@@ -166,6 +172,7 @@ def open_testbed(
     weights: str = "none",
     source: Callable[[int], Any] | None = None,
     transfers: Sequence[str] = (),
+    isolation: str = "none",
 ) -> Iterator[LiveSystem]:
     """The scenario's nodes on this machine, playing its conditions.
 
@@ -177,10 +184,11 @@ def open_testbed(
         weights: As `executor.model.build_chain`.
         source: Inputs; seeded random ones when None.
         transfers: As `start_testbed`; those of the profile, where one is given.
+        isolation: As `executor.testbed.Testbed` takes it.
     """
     if profile is not None:
         transfers = profile.transfers
-    testbed = start_testbed(model_name, scenario, weights, transfers)
+    testbed = start_testbed(model_name, scenario, weights, transfers, isolation)
     try:
         client = testbed.client()
         try:

@@ -48,6 +48,7 @@ class Pipeline:
         log_dir: Where TensorBoard's files go.
         cluster: Cluster file; None starts the testbed.
         weights: The model's weights on the testbed.
+        isolation: Of the testbed, as `executor.testbed.Testbed` takes it.
         live_intervals: Intervals per arm of the short table measured on the nodes.
         resume: Go on with an interrupted training of the same settings, if there is one.
         transfers: Per hop of the testbed, the form activations cross it in; float32 if empty.
@@ -61,6 +62,7 @@ class Pipeline:
     log_dir: Path
     cluster: Path | None = None
     weights: str = "none"
+    isolation: str = "none"
     live_intervals: int = 15
     resume: bool = False
     transfers: tuple[str, ...] = ()
@@ -127,6 +129,7 @@ class Pipeline:
                     references=resumed.references if resumed else None,
                     weights=self.weights,
                     transfers=self.transfers,
+                    isolation=self.isolation,
                 )
             else:
                 opened = open_cluster(self.cluster, self.model_name, self.scenario)

@@ -44,6 +44,7 @@ from env.simulator import Simulator
 from executor.client import Client
 from executor.files import write_json
 from executor.modelref import model_label
+from executor.netns import add_isolation_argument
 from executor.plan import Plan, candidate_plans
 from executor.profile import Profile
 from executor.testbed import Testbed
@@ -93,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--bandwidths", default="20,60,150", help="Mbit/s of every hop, comma-separated")
     add("--requests", type=positive_int, default=extent.requests, help="mean, per cell")
     add_transfer_argument(parser)
+    add_isolation_argument(parser)
     add("--json", type=Path, help="write the results here")
     add("--report", type=Path, help="write a page with a table and figures into this folder")
     return parser
@@ -104,7 +106,7 @@ def _main(args: argparse.Namespace) -> int:
     scenario, console = Scenario.load(args.scenario), Console()
     console.width = max(console.width, 110)
     forms = transfers(args.transfer, len(scenario.hops), True, "")
-    testbed = start_testbed(args.model, scenario, transfers=forms)
+    testbed = start_testbed(args.model, scenario, transfers=forms, isolation=args.isolation)
     try:
         client = testbed.client(max_in_flight=MAX_IN_FLIGHT)
         try:

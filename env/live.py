@@ -23,7 +23,7 @@ from env.late import LateRule
 from env.predict import CostModel
 from env.state import SystemState
 from env.system import ARRIVAL_SMOOTHING_S, Completed, StepResult
-from executor.errors import RequestError, SplitpilotError
+from executor.errors import RequestError, RequestRefused, SplitpilotError
 from executor.late import CutTable
 from executor.plan import Plan
 
@@ -287,7 +287,7 @@ class LiveSystem:
                 log.warning("probe of hop %d failed: %s", hop, error)
             elif error is not None:
                 raise error
-            else:
+            if not isinstance(error, RequestRefused):  # without an answer, it was sent all the same
                 rate = self._rate(hop, self.client.status())
                 record.hop_transmit_s[0, hop] += n_bytes / rate
         self._probes = waiting

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from executor.client import Client, Reply, RequestRecord
 from executor.errors import RequestError, RequestRefused, RequestTimeout
 from executor.plan import Plan
-from executor.ports import HOST
 from executor.testbed import Testbed
 from executor.wire import Header, Kind, array_body, pack
 
@@ -344,7 +343,7 @@ def _other_weights(ground: Ground, node: str) -> Iterator[None]:
 def _strangers(ground: Ground) -> Iterator[None]:
     """Garbage, truncated and damaged frames, from peers that come and go."""
     for node in ground.testbed.cluster.nodes:
-        send_garbage(ground, node.port, 20)
+        send_garbage(ground, node.name, 20)
     yield
 
 
@@ -352,22 +351,27 @@ def _strangers(ground: Ground) -> Iterator[None]:
 def _full_disk(ground: Ground, node: str) -> Iterator[None]:
     """The node cannot write its log any more, and is given reasons to."""
     ground.testbed.limit_files(node, 1)
-    send_garbage(ground, ground.testbed.cluster.nodes[ground.testbed.cluster.index(node)].port, 20)
+    send_garbage(ground, node, 20)
     yield
     ground.testbed.limit_files(node, -1)
 
 
-def send_garbage(ground: Ground, port: int, count: int) -> None:
+def send_garbage(ground: Ground, node: str, count: int) -> None:
     """Send a node what no neighbour would: bytes over TCP, and bad frames over ZeroMQ."""
+    with ground.testbed.inside():
+        _send_garbage(ground, *ground.testbed.address(node), count)
+
+
+def _send_garbage(ground: Ground, host: str, port: int, count: int) -> None:
     rng = ground.random
-    with contextlib.suppress(OSError), socket.create_connection((HOST, port), 1.0) as raw:
+    with contextlib.suppress(OSError), socket.create_connection((host, port), 1.0) as raw:
         raw.sendall(rng.randbytes(rng.randrange(1, 4000)))
     header = Header(Kind.INFER, client=rng.randbytes(16), seq=1, cuts=(0, 0), digest=ground.digest)
     body = bytes(array_body(header, np.zeros(ground.input_shape, np.float32)))
     good = pack(header)
     with zmq.Context() as ctx, ctx.socket(zmq.DEALER) as peer:
         peer.linger = 1000
-        peer.connect(f"tcp://{HOST}:{port}")
+        peer.connect(f"tcp://{host}:{port}")
         for _ in range(count):
             bad, place = bytearray(good), rng.randrange(len(good))
             bad[place] ^= 1 << rng.randrange(8)

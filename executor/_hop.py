@@ -59,6 +59,7 @@ class Hop:
         lost: Requests found lost on the way, as (client, seq, try); the owner takes them out.
         rate: Passive bandwidth estimate from acknowledged frames.
         clock: Offset of the neighbour's clock to ours, and the least round trip.
+        probe_bytes: Body bytes of probes sent so far: traffic that serves no request.
     """
 
     def __init__(self, own_id: bytes, target: int = 0) -> None:
@@ -70,6 +71,7 @@ class Hop:
         self.lost: list[Key] = []
         self.rate = PassiveEstimator()
         self.clock = ClockOffset()
+        self.probe_bytes = 0
         self._own_id = own_id
         self._seq = 0
         # In the order of sending: the first `_handed` have been sent, the rest waits in the outbox.
@@ -283,6 +285,7 @@ class Hop:
 
     def _send_probe(self, probe: ProbeRun, now_s: float) -> None:
         probe.sent_s = now_s
+        self.probe_bytes += probe.payload_bytes
         probe.seq = self._ping(np.zeros(probe.payload_bytes, np.uint8), now_s)
 
     def _next_probe(self, now_s: float) -> ProbeRun | None:

@@ -49,6 +49,7 @@ class WatchedCore(NodeCore):
             **{key: self.config.hello.get(key, "") for key in _ABOUT},
             "draining": self.draining,
             "open_requests": len(self._ways),
+            "hop_probe_bytes": self.hop.probe_bytes if self.hop is not None else 0,
             "requests": self._requests,
             "relayed": self._relayed,
             "errors": sorted(self._errors.items()),

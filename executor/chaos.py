@@ -33,6 +33,7 @@ from executor.client import Client
 from executor.errors import ConfigError, SplitpilotError
 from executor.files import write_atomic
 from executor.model import MODELS, build_chain, sample_input
+from executor.netns import add_isolation_argument, check_isolation
 from executor.plan import ModelSpec, Plan
 from executor.testbed import DEFAULT_HOPS, Testbed, TestbedHop, TestbedNode
 
@@ -139,6 +140,7 @@ def run(
     hops: Sequence[TestbedHop] = DEFAULT_HOPS,
     gone: bool = True,
     of_capacity: float | None = None,
+    isolation: str = "none",
     watch: Callable[[Testbed], AbstractContextManager[object]] = nullcontext,
     console: Console | None = None,
 ) -> Report:
@@ -155,6 +157,7 @@ def run(
         gone: At the end, kill the fog for good and measure service without it.
         of_capacity: Load as a share of what the chain can do, which is measured first; else the
             edge alone could serve it.
+        isolation: As `Testbed` takes it.
         watch: A context over the time under load.
         console: Where to tell what happens.
 
@@ -172,7 +175,7 @@ def run(
         other = folder / "other-weights.pt"
         pairs, spec, digest = _expectations(model, other, faults)
         link = DIRECT_HOP if direct else None
-        with Testbed(model, nodes=nodes, hops=hops, direct=link) as testbed:
+        with Testbed(model, nodes=nodes, hops=hops, direct=link, isolation=isolation) as testbed:
             client = testbed.client(timeout_s=TIMEOUT_S, max_in_flight=64)
             plans = _plans(spec)
             report.calm_s = _calm(client, pairs, plans, spec)
@@ -416,17 +419,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the report here")
     parser.add_argument("--direct", action="store_true", help="add a direct link edge - cloud")
     parser.add_argument("--faults", help="only these, comma-separated: 'kill fog,cut hop 1'")
+    add_isolation_argument(parser)
     args = parser.parse_args(argv)
     console = Console()
     try:
         if not (math.isfinite(args.minutes) and args.minutes > 0):
             raise ConfigError(f"--minutes must be positive, got {args.minutes}")
+        check_isolation(args.isolation, testbed=True)
         faults = _chosen(args.faults)
         report = run(
             args.model,
             args.minutes,
             args.seed,
             direct=args.direct,
+            isolation=args.isolation,
             faults=faults,
             console=console,
         )

@@ -114,6 +114,9 @@ class NodeCollector(Collector):
         if facts["next_node"]:
             for name, text, key in _HOP_GAUGES:
                 yield self._gauge(name, text, ["to"], [([facts["next_node"]], facts[key])])
+            text = "Bytes of probes sent over the hop, which serve no request."
+            probed = [([facts["next_node"]], facts["hop_probe_bytes"])]
+            yield self._counter("hop_probe_bytes", text, ["to"], probed)
         for name, text, key in _COUNTERS:
             yield self._counter(name, text, [], [([], facts[key])])
         text = "Error replies by code (refused, draining, wrong_model, bad_plan, failed, ...)."

@@ -69,6 +69,11 @@ class StepTrace:
         """The value at `t_s`."""
         return self._values[self._step(t_s)]
 
+    def next_step_s(self, t_s: float) -> float:
+        """When the step after that at `t_s` begins; infinity in the last one."""
+        k = bisect_right(self._edges, t_s, lo=1)
+        return self._edges[k] if k < len(self._edges) else math.inf
+
     def integral(self, start_s: float, stop_s: float) -> float:
         """Integral of the value from `start_s` to `stop_s` (value times seconds)."""
         first, last = self._step(start_s), self._step(stop_s)

@@ -12,7 +12,8 @@ Commands are JSON lines on stdin; the end of stdin ends the process:
     {"hop": 0, "delay_trace": {"t0": 1234.5, "dt_s": 1.0, "delay_s": [0.02, 0.1]}}
     {"hop": 0, "flip_bytes": 500000}
 
-A new hop is answered with {"ready": 0, "port": 40001}, a bad command with {"error": "..."}.
+A new hop listens on 127.0.0.1 unless "host" says where, and is answered with
+{"ready": 0, "port": 40001}; a bad command with {"error": "..."}.
 1 Mbit/s is 125 000 bytes/s. A cut hop drops its connections and every new one until it is mended.
 `flip_bytes` flips one random bit per so many bytes on average, in both directions; 0 stops it.
 """
@@ -35,6 +36,7 @@ from typing import Any
 
 from executor.arguments import Parser
 from executor.errors import ConfigError
+from executor.ports import HOST
 from executor.shaping import DelayTrace, RateTrace, SerialLink, check_delay
 
 __all__ = ["RelayServer", "main"]
@@ -46,7 +48,9 @@ MIN_PIECE_BYTES = 1460
 PIECE_S = 0.001
 # Bytes that were held back by the window and read late count as having waited, up to this long.
 CATCH_UP_S = 0.02
-_SETTINGS = {"listen", "target", "mbps", "delay_s", "trace", "delay_trace", "cut", "flip_bytes"}
+_SETTINGS = {
+    *("host", "listen", "target", "mbps", "delay_s", "trace", "delay_trace", "cut", "flip_bytes")
+}
 
 
 class _Flow:
@@ -270,6 +274,7 @@ class RelayServer:
     def _add(self, index: int, settings: dict[str, Any]) -> dict[str, int]:
         if index in self._hops:
             raise ConfigError(f"hop {index} is being relayed already")
+        own_host = str(settings.get("host", HOST))
         host, _, port = str(settings["target"]).rpartition(":")
         trace = RateTrace.constant(float(settings["mbps"]))
         delay_s = check_delay(settings["delay_s"])
@@ -279,13 +284,13 @@ class RelayServer:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             # Accepted sockets inherit the buffer; later it would be too late for the window.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
-            listener.bind(("127.0.0.1", int(settings["listen"])))
+            listener.bind((own_host, int(settings["listen"])))
             listener.listen()
             self._hops[index] = _Hop(listener, (host, int(port)), trace, delay_s)
         except OSError as error:
             listener.close()
             raise ConfigError(
-                f"hop {index} cannot listen on 127.0.0.1:{settings['listen']}: {error.strerror}"
+                f"hop {index} cannot listen on {own_host}:{settings['listen']}: {error.strerror}"
             ) from error
         except BaseException:
             listener.close()

@@ -10,30 +10,28 @@ Times of traces are `time.monotonic()` seconds, which all processes of a Linux m
 
 from __future__ import annotations
 
-import json
 import signal
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from executor.child import Child
-from executor.cluster import Cluster, DirectLink, NodeConfig
+from executor.cluster import Cluster, DirectLink, NodeConfig, is_loopback
 from executor.codec import check_transfer
 from executor.errors import ConfigError, HandshakeError
+from executor.hops import START_TIMEOUT_S, Relay, TestbedHop
 from executor.modelref import absolute_model
+from executor.netns import open_relay
 from executor.pacing import LoadTrace, Pacer
-from executor.ports import HOST, reserve_port
-from executor.shaping import DelayTrace, RateTrace, check_delay
 
 if TYPE_CHECKING:
     from executor.client import Client
 
 __all__ = ["DEFAULT_HOPS", "DEFAULT_NODES", "Relay", "Testbed", "TestbedHop", "TestbedNode"]
 
-START_TIMEOUT_S = 120.0
 CONNECT_TIMEOUT_S = 30.0
 
 
@@ -66,25 +64,6 @@ class TestbedNode:
         check_transfer(self.transfer, f"testbed node {self.name}")
 
 
-@dataclass(frozen=True)
-class TestbedHop:
-    """An emulated hop, the same in both directions.
-
-    Attributes:
-        mbps: Bandwidth in Mbit/s, positive.
-        delay_s: One-way propagation delay in seconds.
-    """
-
-    __test__: ClassVar[bool] = False
-
-    mbps: float
-    delay_s: float
-
-    def __post_init__(self) -> None:
-        RateTrace.constant(self.mbps)
-        check_delay(self.delay_s)
-
-
 DEFAULT_NODES = (
     TestbedNode("edge", 12.0, "pi4"),
     TestbedNode("fog", 3.0, "laptop"),
@@ -93,130 +72,8 @@ DEFAULT_NODES = (
 DEFAULT_HOPS = (TestbedHop(40.0, 0.005), TestbedHop(60.0, 0.010))
 
 
-class Relay:
-    """The relay process (`executor.relay`) from its parent's side. A context manager.
-
-    Settings are checked here, so a bad one raises before it is sent. A change is felt within
-    milliseconds of the call.
-    """
-
-    def __init__(self) -> None:
-        self._child = Child("relay", "executor.relay")
-        self._hops = 0
-
-    def __enter__(self) -> Relay:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    @property
-    def pid(self) -> int:
-        """Process id of the relay."""
-        return self._child.pid
-
-    def add_hop(self, target_port: int, hop: TestbedHop) -> int:
-        """Relay the next hop (0, 1, ...) to a port of this machine; returns the port to dial.
-
-        Raises:
-            ConfigError: The relay refuses; carries its words.
-            HandshakeError: The relay has ended or does not answer.
-        """
-        index = self._hops
-        target = f"{HOST}:{target_port}"
-        self._child.send(
-            {"hop": index, "listen": 0, "target": target, "mbps": hop.mbps, "delay_s": hop.delay_s}
-        )
-        line = self._child.read_line(START_TIMEOUT_S)
-        try:
-            answer = json.loads(line)
-            if "error" in answer:
-                raise ConfigError(f"relay: {answer['error']}")
-            port = int(answer["port"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise HandshakeError(f"the relay should name a port, got {line!r}") from error
-        self._hops += 1
-        return port
-
-    def set_rate(self, hop: int, mbps: float) -> None:
-        """Change a hop's bandwidth now, for bytes not yet sent.
-
-        Raises:
-            ConfigError: No such hop, or the bandwidth is not positive.
-            HandshakeError: The relay has ended.
-        """
-        RateTrace.constant(mbps)
-        self._send(hop, mbps=mbps)
-
-    def play_rate(self, hop: int, t0_s: float, dt_s: float, mbps: Sequence[float]) -> None:
-        """Let a hop's bandwidth follow a trace; 0 is an outage, and the last value stays.
-
-        Args:
-            hop: Index of the hop.
-            t0_s: Monotonic time at which the trace starts (its first value holds before).
-            dt_s: Seconds per sample.
-            mbps: Bandwidths in Mbit/s, finite and >= 0.
-
-        Raises:
-            ConfigError: No such hop, or the trace is not as said above.
-            HandshakeError: The relay has ended.
-        """
-        rates = [float(rate) for rate in mbps]
-        RateTrace.from_samples(t0_s, dt_s, rates)
-        self._send(hop, trace={"t0": float(t0_s), "dt_s": float(dt_s), "mbps": rates})
-
-    def set_delay(self, hop: int, delay_s: float) -> None:
-        """Change a hop's one-way delay, for bytes that leave from now on; order is kept.
-
-        Raises:
-            ConfigError: No such hop, or the delay is negative or not finite.
-            HandshakeError: The relay has ended.
-        """
-        self._send(hop, delay_s=check_delay(delay_s))
-
-    def play_delay(self, hop: int, t0_s: float, dt_s: float, delay_s: Sequence[float]) -> None:
-        """Let a hop's one-way delay follow a trace, in seconds; else as `play_rate`.
-
-        Raises:
-            ConfigError: No such hop, or a delay is negative or not finite.
-            HandshakeError: The relay has ended.
-        """
-        delays = [float(value) for value in delay_s]
-        DelayTrace.from_samples(t0_s, dt_s, delays)
-        self._send(hop, delay_trace={"t0": float(t0_s), "dt_s": float(dt_s), "delay_s": delays})
-
-    def set_cut(self, hop: int, cut: bool) -> None:
-        """Drop a hop's connections and all new ones (true), or let them in again (false).
-
-        Raises:
-            ConfigError: No such hop.
-            HandshakeError: The relay has ended.
-        """
-        self._send(hop, cut=bool(cut))
-
-    def set_flips(self, hop: int, flip_bytes: float) -> None:
-        """Flip one random bit per so many bytes on average, both ways; 0 flips none.
-
-        Raises:
-            ConfigError: No such hop, or the number is negative.
-            HandshakeError: The relay has ended.
-        """
-        if not flip_bytes >= 0:
-            raise ConfigError(f"flip_bytes must be >= 0, got {flip_bytes}")
-        self._send(hop, flip_bytes=float(flip_bytes))
-
-    def _send(self, hop: int, **settings: Any) -> None:
-        if not 0 <= hop < self._hops:
-            raise ConfigError(f"there is no hop {hop}; the chain has hops 0..{self._hops - 1}")
-        self._child.send({"hop": hop, **settings})
-
-    def close(self) -> None:
-        """End the process. May be called again."""
-        self._child.close()
-
-
 class Testbed:
-    """Node processes chained over relayed loopback hops. A context manager.
+    """Node processes chained over relayed hops, on loopback or as hosts. A context manager.
 
     The children read their parent's end from their stdin, so none outlives it.
 
@@ -237,6 +94,7 @@ class Testbed:
         hops: Sequence[TestbedHop] = DEFAULT_HOPS,
         max_queue: int = 64,
         direct: TestbedHop | None = None,
+        isolation: str = "none",
     ) -> None:
         """Start the processes and wait until every node serves.
 
@@ -248,6 +106,8 @@ class Testbed:
             max_queue: Requests a node queues before it refuses.
             direct: A link from the first node to the last, past those between; it is hop N - 1 of
                 the relay. None: there is none.
+            isolation: "netns" makes each node a host of its own (`executor.netns`); "none" chains
+                them over loopback.
 
         Raises:
             ConfigError: A setting is wrong; a node's refusal carries the node's words.
@@ -268,39 +128,44 @@ class Testbed:
         self._stopped: set[int] = set()
         self._clients: list[Client] = []
         try:
-            self._start(model, weights, max_queue, direct)
+            self._start(model, weights, max_queue, direct, isolation)
         except BaseException:
             for child in self._children:
                 child.kill()  # still importing or loading weights, they would not notice a request
             self.close()
             raise
 
-    def _start(self, model: str, weights: str, max_queue: int, direct: TestbedHop | None) -> None:
+    def _start(
+        self, model: str, weights: str, max_queue: int, direct: TestbedHop | None, isolation: str
+    ) -> None:
         folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="splitpilot-"))
-        self._relay = self._stack.enter_context(Relay())
+        names, n = [node.name for node in self.nodes], len(self.nodes)
+        ways = [(k, k + 1) for k in range(n - 1)]
+        hops = self.hops
+        if direct is not None:
+            ways, hops = [*ways, (0, n - 1)], (*hops, direct)
+        relay = open_relay(isolation, names, [node.ratio for node in self.nodes], ways)
+        self._relay = self._stack.enter_context(relay)
         with ExitStack() as reserved:
-            ports = [reserve_port(reserved) for _ in self.nodes]
-            dials = [ports[0]]
-            for port, hop in zip(ports[1:], self.hops, strict=True):
-                dials.append(self._relay.add_hop(port, hop))
-            links: tuple[DirectLink, ...] = ()
-            if direct is not None:
-                dial = self._relay.add_hop(ports[-1], direct)
-                links = (DirectLink(self.nodes[0].name, self.nodes[-1].name, HOST, dial),)
+            ports = [relay.node_port(reserved) for _ in self.nodes]
+            dials = [(relay.client_host, ports[0])]
+            for index, ((_, target), hop) in enumerate(zip(ways, hops, strict=True)):
+                dials.append((relay.dial_host(index), relay.add_hop(ports[target], hop)))
+            links = tuple(DirectLink(names[0], names[-1], *dial) for dial in dials[n:])
             self.cluster = Cluster(
                 model=model,
                 weights=weights,
                 nodes=tuple(
                     NodeConfig(
                         name=node.name,
-                        host=HOST,
+                        host=relay.bind_host,
                         port=port,
-                        connect_host=HOST,
+                        connect_host=host,
                         connect_port=dial,
                         device=node.device,
                         transfer=node.transfer,
                     )
-                    for node, port, dial in zip(self.nodes, ports, dials, strict=True)
+                    for node, port, (host, dial) in zip(self.nodes, ports, dials[:n], strict=True)
                 ),
                 max_queue=max_queue,
                 threads=1,
@@ -308,24 +173,29 @@ class Testbed:
             )
             self._file = Path(folder) / "cluster.toml"
             self._file.write_text(self.cluster.to_toml(), encoding="utf-8")
-            self._children += [self._spawn(node) for node in self.nodes]
-            for index in range(len(self.nodes)):
+            for index in range(n):
+                self._children.append(self._spawn(index))
+            for index in range(n):
                 self._await_ready(index)
 
-    def _spawn(self, node: TestbedNode, weights: str | None = None) -> Child:
-        file = self._file
+    def _spawn(self, index: int, weights: str | None = None) -> Child:
+        node, file = self.nodes[index], self._file
         if weights is not None:
             file = self._file.with_name(f"{node.name}-other-weights.toml")
             file.write_text(replace(self.cluster, weights=weights).to_toml(), encoding="utf-8")
         args = ["--role", node.name, "--cluster", str(file), "--threads", "1"]
         args += ["--ratio", repr(float(node.ratio)), "--control-stdin"]
-        return Child(f"node {node.name}", "executor.node", args)
+        if not is_loopback(self.cluster.nodes[index].host):
+            args.append("--insecure")  # its network is this testbed's alone
+        with self._relay.inside(index):
+            return Child(f"node {node.name}", "executor.node", args)
 
     def _await_ready(self, index: int) -> None:
         child, node = self._children[index], self.nodes[index]
         line = child.read_line(START_TIMEOUT_S)
         if not line.startswith("READY"):
             raise HandshakeError(f'{child.name} should print "READY port", got {line!r}')
+        self._relay.admit(index, child.pid)
         if node.load:
             self.set_load(index, node.load)
 
@@ -341,6 +211,15 @@ class Testbed:
         pids = {node.name: c.pid for node, c in zip(self.nodes, self._children, strict=True)}
         return {**pids, "relay": self._relay.pid}
 
+    def inside(self) -> AbstractContextManager[None]:
+        """Where the calling thread must open sockets to reach the nodes at `address`."""
+        return self._relay.inside()
+
+    def address(self, node: int | str) -> tuple[str, int]:
+        """Where a node can be reached past every hop, from `inside`."""
+        index = self._index(node)
+        return self._relay.node_host(index), self.cluster.nodes[index].port
+
     def client(self, **options: Any) -> Client:
         """A connected client; closed with the testbed at the latest.
 
@@ -355,7 +234,8 @@ class Testbed:
         client = Client(self.cluster, **options)
         self._clients.append(client)
         try:
-            client.connect(timeout_s=CONNECT_TIMEOUT_S)
+            with self._relay.inside():
+                client.connect(timeout_s=CONNECT_TIMEOUT_S)
         except HandshakeError as error:
             ended = [child.name for child in self._children if not child.alive]
             detail = f" ({', '.join(ended)} ended)" if ended else ""
@@ -436,7 +316,7 @@ class Testbed:
         index = self._index(node)
         self.resume(index)
         self._children[index].close()
-        self._children[index] = self._spawn(self.nodes[index], weights)
+        self._children[index] = self._spawn(index, weights)
         self._await_ready(index)
 
     def pause(self, node: int | str) -> None:

@@ -169,6 +169,13 @@ BAD = [
     (evaluate.main, ["--model", "alexnet", "--split", "test"], "--traces DIR"),
     (evaluate.main, ["--model", "alexnet", "--traces", "no-such-folder"], "no traces"),
     (evaluate.main, ["--model", "alexnet", "--seeds", "0"], "seeds"),
+    (evaluate.main, ["--model", "alexnet", "--isolation", "netns"], "for nodes of the testbed"),
+    (train.main, ["--cluster", "x.toml", "--isolation", "netns"], "for nodes of the testbed"),
+    (
+        deploy.main,
+        ["--controller", "edge", "--cluster", "x.toml", "--isolation", "netns"],
+        "for nodes of the testbed",
+    ),
 ]
 
 

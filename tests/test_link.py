@@ -1,17 +1,20 @@
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from executor._hop import Hop, ProbeRun
 from executor.errors import ConfigError
 from executor.link import ClockOffset, PassiveEstimator, two_point
 from executor.profile import HopModel
+from executor.wire import Header, Kind, array_body, parse
 
 LARGE = 600_000
 
 
-class Hop:
+class SerialHop:
     """A serial link with a one-way delay each way; plays frames through an estimator."""
 
     def __init__(self, bytes_per_s, delay_s):
@@ -75,7 +78,7 @@ def test_a_probe_needs_two_sizes_and_round_trips(arguments):
     st.lists(st.tuples(st.floats(0.0, 0.5), st.integers(200, 2_000_000)), min_size=1, max_size=20),
 )
 def test_on_a_constant_hop_the_estimate_is_exact(bytes_per_s, delay_s, gaps):
-    hop = Hop(bytes_per_s, delay_s)
+    hop = SerialHop(bytes_per_s, delay_s)
     sent_s, frames = 1.0, []
     for gap_s, size in gaps:
         sent_s += gap_s
@@ -95,14 +98,14 @@ def test_on_a_constant_hop_the_estimate_is_exact(bytes_per_s, delay_s, gaps):
 
 
 def test_waiting_behind_other_frames_is_not_service():
-    hop = Hop(5e6, 0.01)
+    hop = SerialHop(5e6, 0.01)
     end_s = hop.play([(1.0, LARGE), (1.0, 100), (1.001, LARGE), (1.002, LARGE)])
     assert hop.estimator.estimate(end_s).bytes_per_s == pytest.approx(5e6, rel=1e-3)
     assert hop.estimator.estimate(end_s + 2.0).age_s == pytest.approx(2.01, rel=1e-3)
 
 
 def test_the_window_forgets_the_old_rate():
-    hop = Hop(1e6, 0.0)
+    hop = SerialHop(1e6, 0.0)
     end_s = hop.play([(1.0, LARGE)])
     hop.bytes_per_s = 1e7
     end_s = hop.play([(end_s + 2.0, LARGE)])
@@ -126,7 +129,7 @@ def test_backlog_counts_what_is_not_acknowledged():
 
 
 def test_an_outage_shows_before_it_is_over():
-    hop = Hop(6e6, 0.005)
+    hop = SerialHop(6e6, 0.005)
     end_s = hop.play([(1.0, LARGE)])
     hop.estimator.on_sent(LARGE, end_s)
     on_time = hop.estimator.estimate(end_s + 0.05)
@@ -183,3 +186,70 @@ def test_the_offset_is_off_by_at_most_half_the_round_trip(offset_s, delays):
         clock.add(now_s, peer_s, peer_s + 0.001, now_s + out_s + 0.001 + back_s)
         now_s += 2.0
     assert abs(clock.offset_s - offset_s) <= clock.rtt_s / 2 + 1e-6
+
+
+class FarNode:
+    """What answers a `executor._hop.Hop`: over a link with a rate and a delay, by its own clock."""
+
+    def __init__(self, hop, clock, bytes_per_s, delay_s):
+        self.hop, self.clock, self.delay_s = hop, clock, delay_s
+        self.bytes_per_s = bytes_per_s
+        self.free_s = 0.0
+
+    def take(self, now_s):
+        """Everything that the hop wants sent; returns when the last answer came back."""
+        answered_s = now_s
+        while self.hop.outbox:
+            frame = parse(self.hop.outbox.popleft())
+            header, size = frame.header, frame.header.body_bytes
+            self.free_s = max(self.free_s, now_s) + size / self.bytes_per_s
+            received_s = self.free_s + self.delay_s
+            far_s, answered_s = self.clock(received_s), received_s + self.delay_s
+            if header.kind is Kind.PING:
+                pong = header.reply(Kind.PONG)
+                pong.clock_s = (header.clock_s[0], far_s, far_s)
+                self.hop.on_pong(pong, answered_s)
+            else:
+                ack = header.reply(Kind.ACK)
+                ack.clock_s = (0.0, far_s, 0.0)
+                self.hop.on_ack(ack, answered_s)
+        return answered_s
+
+
+@pytest.mark.parametrize("ahead_s", [0.0, 4321.0, -86400.0])
+def test_frames_alone_measure_a_hop_whatever_the_far_clock_says(ahead_s):
+    """A clock elsewhere, which runs 50 ppm fast; the hop's rate steps down and up again."""
+    hop = Hop(b"me" * 8)
+    hop.on_connected(0.0)
+    far = FarNode(hop, lambda t: 1.00005 * t + ahead_s, 5e6, 0.02)
+    now_s, seq = 0.0, 0
+    for bytes_per_s in (5e6, 1e6, 2.5e7):
+        far.bytes_per_s = bytes_per_s
+        for _ in range(12):
+            hop.tick(now_s)
+            now_s = far.take(now_s) + 0.05
+            seq += 1
+            header = Header(Kind.INFER, client=b"client" + bytes(10), seq=seq, digest=b"d" * 8)
+            body = array_body(header, np.zeros(LARGE // 4, np.float32))
+            hop.send(header, body, now_s)
+            now_s = far.take(now_s) + 0.05
+        estimate = hop.rate.estimate(now_s)
+        assert estimate.bytes_per_s == pytest.approx(bytes_per_s, rel=0.02)
+        assert estimate.age_s < 0.2
+    assert hop.rate.rtt_s == pytest.approx(0.04, abs=0.003)
+    assert hop.probe_bytes == 0  # nothing but frames and bodiless pings was needed
+
+
+def test_pings_do_not_measure_an_idle_hop_and_a_probe_does():
+    hop = Hop(b"me" * 8)
+    hop.on_connected(0.0)
+    far = FarNode(hop, lambda t: t + 7.0, 5e6, 0.01)
+    for tenth in range(100):
+        hop.tick(0.1 * tenth)
+        far.take(0.1 * tenth)
+    assert hop.rate.estimate(10.0) is None and hop.rate.rtt_s == pytest.approx(0.02)
+    run = ProbeRun(Header(Kind.PROBE, client=b"c" * 16, seq=1), 65536, 2)
+    assert hop.probe(run, 10.0)
+    far.take(10.0)
+    assert len(run.rtts_s) == 2 and hop.probe_bytes == 2 * 65536
+    assert hop.rate.estimate(10.1).bytes_per_s == pytest.approx(5e6, rel=1e-3)

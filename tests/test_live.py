@@ -21,7 +21,7 @@ from env.live import LiveSystem
 from env.predict import CostModel
 from env.scenario import Process, Scenario
 from env.simulator import Simulator
-from env.state import Encoder, SystemState
+from env.state import Encoder, SystemState, idle_probes
 from env.synthetic import synthetic_profile
 from env.system import System
 from executor.client import NodeStatus, Reply, RequestRecord
@@ -36,6 +36,7 @@ class StandInClient:
 
     def __init__(self) -> None:
         self.fail: Exception | None = None
+        self.probe_fails: Exception | None = None
         self.refuse = False
         self.plans: list[Plan] = []
         self.statuses: dict[int, NodeStatus] = {}
@@ -66,6 +67,8 @@ class StandInClient:
         return self.statuses
 
     def probe(self, hop: int, payload_bytes: int, repeats: int = 3) -> list[float]:
+        if self.probe_fails is not None:
+            raise self.probe_fails
         return [0.01] * repeats
 
 
@@ -96,6 +99,35 @@ def test_records_what_was_spent(model: CostModel) -> None:
     assert active == pytest.approx([0.0, 0.0, 0.004 * completed])
     rows = np.concatenate([r.completed.cuts for r in results if r.completed is not None])
     assert rows.shape == (completed, 2)
+
+
+@pytest.mark.parametrize(
+    ("failure", "charged"), [(None, True), (RequestTimeout("silent"), True),
+                             (RequestRefused("full"), False)],
+)  # fmt: skip
+def test_probes_are_charged_as_transmission(
+    model: CostModel, failure: Exception | None, charged: bool
+) -> None:
+    """What a probe sent counts, answered or not; on a hop that frames measure none is due."""
+    client = StandInClient()
+    client.probe_fails = failure
+    fresh = {"hop_bytes_per_s": 5e6, "hop_age_s": 0.0, "received_s": time.monotonic() + 60.0}
+    stale = {**fresh, "received_s": time.monotonic() - 60.0}
+    client.statuses = {k: NodeStatus(node=k, down=False, **s) for k, s in enumerate((fresh, stale))}
+    live = LiveSystem(model, client, lambda i: i)
+    n = model.profile.spec.n_units
+    try:
+        probes = idle_probes(live.reset(1), model.scenario)
+        assert probes.tolist() == [[0.0, model.scenario.probing.payload_bytes]]
+        record = live.step(np.array([[n, n]]), probes).record
+        record.add(live.step(np.array([[n, n]])).record)
+        record.add(live.drain())
+    finally:
+        live.close()
+    frames = 0.0005 * record.completed[0]
+    sent = record.hop_transmit_s[0] - frames
+    expected = probes[0, 1] / 5e6 if charged else 0.0
+    assert sent == pytest.approx([0.0, expected], abs=1e-9)
 
 
 def test_a_plan_for_each_request_and_its_cut_table(model: CostModel) -> None:

@@ -130,6 +130,7 @@ def nodes(chain: Chain) -> list[Scrape]:
         client.connect(20.0)
         for cuts in (7, 7, 7, N, 0):
             client.submit(sample_input(0), Plan((cuts,))).result()
+        client.probe(0, 20_000, 3)
     with zmq.Context() as ctx, ctx.socket(zmq.DEALER) as dealer:
         dealer.linger = 0
         dealer.connect(chain.cluster.nodes[0].connect_endpoint())
@@ -155,6 +156,7 @@ def test_a_node_counts_what_it_did(nodes: list[Scrape]) -> None:
     assert edge.value("node_open_requests", node="edge") == 0
     assert edge.value("node_draining", node="edge") == 0
     assert edge.value("node_hop_backlog_bytes", node="edge", to="cloud") == 0
+    assert edge.value("node_hop_probe_bytes_total", node="edge", to="cloud") == 60_000
     assert edge.value("node_hop_rtt_seconds", node="edge", to="cloud") > 0
     assert edge.value("node_peer_heartbeat_age_seconds", node="edge", peer="next") < 60
     energy = [v for (name, _), v in edge.samples.items() if "energy_joules_total" in name]
