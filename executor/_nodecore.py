@@ -14,10 +14,10 @@ import collections
 import logging
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from executor._compute import FairQueue, Job, Outcome
+from executor._coreconfig import CoreConfig
 from executor._fairness import Crowd
 from executor._hop import Hop, Parts, ProbeRun, hop_status, localise, short
 from executor._limits import PeerLimits, Routes
@@ -28,7 +28,7 @@ from executor.codec import form_of
 from executor.energy import Meter
 from executor.errors import FrameDamaged, WireError
 from executor.late import chooser, rebound
-from executor.plan import ModelSpec, next_node, plan_of
+from executor.plan import next_node, plan_of
 from executor.wire import (
     Header,
     HopStamp,
@@ -50,34 +50,6 @@ _LOG_PERIOD_S = 1.0
 _MAX_PROBE_REPEATS = 100
 _MAX_PROBE_BYTES = 16 * 2**20
 _MAX_PROFILE_REPEATS = 1000
-
-
-@dataclass(frozen=True)
-class CoreConfig:
-    """What a node's core must know.
-
-    Attributes:
-        index: The node's place in the chain.
-        n_nodes: Nodes in the chain.
-        spec: The model.
-        digest: First 8 bytes of the weights' digest.
-        max_queue: Requests that may queue for compute, and that may wait on the hop.
-        hello: What the node says of itself in a handshake; `boot` names its process.
-        direct: The node it has a direct link to, if any.
-        peer_rate_rps: Messages a second taken from one connection in the long run.
-        transfer: The form (`executor.codec`) that activations leave this node in, down the chain;
-            those that came in another one than float32 are passed on as they came.
-    """
-
-    index: int
-    n_nodes: int
-    spec: ModelSpec
-    digest: bytes
-    max_queue: int
-    hello: Mapping[str, Any]
-    direct: int | None = None
-    peer_rate_rps: float = 2000.0
-    transfer: str = "float32"
 
 
 class NodeCore:
