@@ -237,6 +237,7 @@ class Chain:
             assert len(link.outbox) <= 1200, "the hop's outbox is over its bound"
         assert len(queue) <= MAX_QUEUE, "the queue is over its bound"
         core.up.clear()
+        core.acks.clear()
 
     def _work(self, core: NodeCore, queue: FairQueue, now_s: float) -> None:
         job = queue.get()

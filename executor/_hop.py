@@ -97,6 +97,11 @@ class Hop:
         """Requests handed to the hop and not acknowledged."""
         return sum(1 for _, n_bytes, _ in self._unacked if n_bytes)
 
+    @property
+    def expects(self) -> bool:
+        """Whether something was sent that is not acknowledged yet."""
+        return bool(self._unacked)
+
     def backlog_s(self, now_s: float) -> float | None:
         """Seconds in which its backlog gets across; None if unknown. From any thread.
 
@@ -177,7 +182,8 @@ class Hop:
         self._unacked.popleft()
         self._moved_s = now_s
         self._handed = max(0, self._handed - position - 1)
-        self.rate.on_ack(self.clock.to_local(header.clock_s[1]), now_s)
+        _, received_s, replied_s = header.clock_s
+        self.rate.on_ack(self.clock.to_local(received_s), now_s, max(0.0, replied_s - received_s))
 
     def on_pong(self, header: Header, now_s: float) -> ProbeRun | None:
         """Take a PONG; returns the probe that it completed, if any."""

@@ -12,7 +12,7 @@ from typing import Any
 import zmq
 
 from executor._compute import Outcome
-from executor._hop import Hop
+from executor._hop import Hop, Parts
 from executor._sockets import (
     HandshakeMonitor,
     connect_dealer,
@@ -23,13 +23,16 @@ from executor._sockets import (
 )
 from executor._watched import WatchedCore
 from executor.cluster import Cluster, NodeConfig
+from executor.wire import pack
 
 __all__ = ["Dialled", "Mover"]
 
 _log = logging.getLogger("executor.node")
 
-_MAX_WAIT_MS = 100
+_MAX_WAIT_S = 0.1
 _ROUNDS_PER_TURN = 16
+# What is due by the clock may be so late in favour of a job.
+_TICK_LATE_S = 0.05
 # As plain numbers: combining pyzmq's flags takes longer than asking.
 _IN = int(zmq.POLLIN)
 _IN_OUT = int(zmq.POLLIN | zmq.POLLOUT)
@@ -90,29 +93,45 @@ class Mover:
             self._poller.register(source, _IN)
         self.fds = [source.FD for source in sources]
 
-    def turn(self) -> int:
+    def turn(self, until_job: bool = False) -> int:
         """Do all there is to do; returns after how many ms the next turn is due, if nothing comes.
 
-        0 where there is more to take: others get a turn.
+        0 where there is more to do: others get a turn.
+
+        Args:
+            until_job: Return as soon as there is something to compute; what can wait is left to
+                whoever has the next turn, acknowledgements too.
         """
         while self.outcomes:
             self._feed(self._core.on_outcome, self.outcomes.popleft())
+        self._send_acks()
         # What came is taken in before time is: after a pause of this process, too.
-        more = self._take_all()
-        if self._core.due_s(time.monotonic()) <= 0:
+        more = self._take_all(until_job)
+        due_s = self._core.due_s(time.monotonic())
+        if due_s <= (-_TICK_LATE_S if until_job and self._core.has_jobs else 0):
             self._tick()
             # What was sent may have let something in unsignalled.
-            more = self._take_all()
-        return 0 if more else min(_MAX_WAIT_MS, int(self._core.due_s(time.monotonic()) * 1000) + 1)
+            more = self._take_all(until_job)
+            due_s = self._core.due_s(time.monotonic())
+        return 0 if more else int(1000 * min(max(due_s, 0.0), _MAX_WAIT_S)) + 1
 
-    def _take_all(self) -> bool:
-        """Take what there is, up to a bound; whether there is more."""
+    def _take_all(self, until_job: bool) -> bool:
+        """Take what there is, up to a bound; whether there is more to do."""
         for _ in range(_ROUNDS_PER_TURN):
             ready = self._ready()
             if not ready:
                 return False
             self._take(ready)
+            if until_job and self._core.has_jobs:
+                return True
+            self._send_acks()
         return True
+
+    def _send_acks(self) -> None:
+        while self._core.acks:
+            identity, header = self._core.acks.popleft()
+            header.clock_s = (*header.clock_s[:2], time.monotonic())
+            self._send_up(identity, [pack(header)])
 
     def _ready(self) -> dict[Any, int]:
         for end, link in self._links:
@@ -158,15 +177,17 @@ class Mover:
             self._core.bad_frames += 1
             _log.exception("%s failed; the frame is dropped", handle.__name__)
         while self._core.up:
-            identity, parts = self._core.up.popleft()
-            try:
-                send_parts(self._router, [identity, *parts])
-            except zmq.ZMQError as error:
-                # Gone, or so slow that its queue is full: the client's deadline covers both.
-                _log.debug("no way up to a peer: %s", error)
-                if error.errno != zmq.EAGAIN:
-                    self._core.forget(identity)
+            self._send_up(*self._core.up.popleft())
         self._send_down()
+
+    def _send_up(self, identity: bytes, parts: Parts) -> None:
+        try:
+            send_parts(self._router, [identity, *parts])
+        except zmq.ZMQError as error:
+            # Gone, or so slow that its queue is full: the client's deadline covers both.
+            _log.debug("no way up to a peer: %s", error)
+            if error.errno != zmq.EAGAIN:
+                self._core.forget(identity)
 
     def _send_down(self) -> None:
         """Send what waits for the links, as far as they take it."""

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import collections
 import logging
-import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from executor._compute import FairQueue, Job, Outcome
+from executor._coreconfig import CoreConfig
 from executor._fairness import Crowd
 from executor._hop import Hop, Parts, ProbeRun, hop_status, localise, short
 from executor._limits import PeerLimits, Routes
@@ -29,7 +28,7 @@ from executor.codec import form_of
 from executor.energy import Meter
 from executor.errors import FrameDamaged, WireError
 from executor.late import chooser, rebound
-from executor.plan import ModelSpec, Plan, next_node
+from executor.plan import next_node, plan_of
 from executor.wire import (
     Header,
     HopStamp,
@@ -53,39 +52,13 @@ _MAX_PROBE_BYTES = 16 * 2**20
 _MAX_PROFILE_REPEATS = 1000
 
 
-@dataclass(frozen=True)
-class CoreConfig:
-    """What a node's core must know.
-
-    Attributes:
-        index: The node's place in the chain.
-        n_nodes: Nodes in the chain.
-        spec: The model.
-        digest: First 8 bytes of the weights' digest.
-        max_queue: Requests that may queue for compute, and that may wait on the hop.
-        hello: What the node says of itself in a handshake; `boot` names its process.
-        direct: The node it has a direct link to, if any.
-        peer_rate_rps: Messages a second taken from one connection in the long run.
-        transfer: The form (`executor.codec`) that activations leave this node in, down the chain;
-            those that came in another one than float32 are passed on as they came.
-    """
-
-    index: int
-    n_nodes: int
-    spec: ModelSpec
-    digest: bytes
-    max_queue: int
-    hello: Mapping[str, Any]
-    direct: int | None = None
-    peer_rate_rps: float = 2000.0
-    transfer: str = "float32"
-
-
 class NodeCore:
     """One node's protocol.
 
     Attributes:
         up: Messages for upstream, each with the peer's identity; the owner takes them out.
+        acks: Acknowledgements and pongs, each with the peer's identity and without the time of
+            replying; the owner takes them out in this order, but what is on its way goes first.
         hop: The hop to the next node; None on the last.
         direct: The direct link, if the node has one.
         bad_frames: Frames that could not be accepted, so far.
@@ -111,6 +84,7 @@ class NodeCore:
         """
         self.config = config
         self.up: collections.deque[tuple[bytes, Parts]] = collections.deque()
+        self.acks: collections.deque[tuple[bytes, Header]] = collections.deque()
         last = config.index == config.n_nodes - 1
         self.hop = None if last else Hop(uuid.uuid4().bytes, config.index + 1)
         far = config.direct
@@ -132,6 +106,11 @@ class NodeCore:
         self._logged_s = float("-inf")
         self._unlogged = 0
 
+    @property
+    def has_jobs(self) -> bool:
+        """Whether something waits to be computed."""
+        return len(self._jobs) > 0
+
     def on_upstream(self, identity: bytes, parts: Parts, now_s: float) -> None:
         """Take a message from a client or from the node before this one."""
         try:
@@ -144,9 +123,7 @@ class NodeCore:
         if header.kind is Kind.PING:
             if not admitted:
                 return
-            pong = header.reply(Kind.PONG)
-            pong.clock_s = (header.clock_s[0], now_s, time.monotonic())
-            self.up.append((identity, [pack(pong)]))
+            self._acknowledge(identity, header, Kind.PONG, now_s)
             if header.body_bytes:
                 self._last_received_s = now_s
             return
@@ -246,12 +223,12 @@ class NodeCore:
         elif outcome.output is not None:
             k = self.config.index
             if outcome.job.choose is not None:
-                header.cuts = rebound(Plan(header.cuts), k, outcome.stop).cuts
+                header.cuts = rebound(plan_of(header.cuts), k, outcome.stop).cuts
             header.stages[k] = StageStamp(
                 header.stages[k].arrive_s, outcome.start_s, outcome.end_s, outcome.work_s
             )
             body = array_body(header, outcome.output)
-            if k == Plan(header.cuts).last_node(self.config.spec.n_units):
+            if k == plan_of(header.cuts).last_node(self.config.spec.n_units):
                 header.kind, header.late = Kind.RESULT, ()
                 self._crowd.answered(header.client, now_s)
                 self._to_client(header, body)
@@ -262,9 +239,11 @@ class NodeCore:
                 self._refuse(header, refusal, now_s)
 
     def due_s(self, now_s: float) -> float:
-        """Seconds until `tick` has something to do."""
-        due_s = min([self._next_status_s, *(link.due_s() for link in self.links)])
-        return max(0.0, due_s - now_s)
+        """Seconds until `tick` has something to do; negative where it is overdue."""
+        due_s = self._next_status_s
+        for link in self.links:
+            due_s = min(due_s, link.due_s())
+        return due_s - now_s
 
     def tick(self, now_s: float) -> None:
         """Do what is due by the clock: STATUS upstream, pings down the links."""
@@ -296,9 +275,7 @@ class NodeCore:
         """Compute, or only relay, an inference."""
         k = self.config.index
         if k > 0:
-            ack = header.reply(Kind.ACK)
-            ack.clock_s = (header.clock_s[0], now_s, time.monotonic())
-            self.up.append((identity, [pack(ack)]))
+            self._acknowledge(identity, header, Kind.ACK, now_s)
         config = self.config
         start, stop = stage_of(header, body, k, config.n_nodes, config.spec, config.digest)
         old = self._ways.get(header)
@@ -323,13 +300,18 @@ class NodeCore:
         choose = chooser(header.late, k, self.hop, start, stop)
         if start == stop and choose is not None:  # what is only relayed has its turn now
             stop = choose()
-            header.cuts = rebound(Plan(header.cuts), k, stop).cuts
+            header.cuts = rebound(plan_of(header.cuts), k, stop).cuts
         plain = form_of(header.dtype, header.affine) == "float32"
         if start == stop and not (plain and config.transfer != "float32"):
             self._send_down(header, body, now_s)
         elif way.job is None:
             way.job = Job(header, body, start, stop, choose=choose)
             self._enqueue(way.job, now_s)
+
+    def _acknowledge(self, identity: bytes, header: Header, kind: Kind, now_s: float) -> None:
+        ack = header.reply(kind)
+        ack.clock_s = (header.clock_s[0], now_s, now_s)
+        self.acks.append((identity, ack))
 
     def _enqueue(self, job: Job, now_s: float) -> None:
         """Queue a job; somebody is refused where there is no room, in fairness."""
@@ -343,7 +325,8 @@ class NodeCore:
     def _send_down(self, header: Header, body: memoryview | None, now_s: float) -> None:
         n_units, k = self.config.spec.n_units, self.config.index
         links = {k: self.config.direct} if header.direct and self.config.direct else None
-        link = self.hop if next_node(Plan(header.cuts), k, n_units, links) == k + 1 else self.direct
+        target = next_node(plan_of(header.cuts), k, n_units, links)
+        link = self.hop if target == k + 1 else self.direct
         assert link is not None
         self._check_link(link)
         if link.backlog_frames >= self.config.max_queue:

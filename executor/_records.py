@@ -26,6 +26,7 @@ __all__ = [
     "durations",
     "hello_problem",
     "node_index",
+    "place_of",
     "transfer_problem",
 ]
 
@@ -214,6 +215,17 @@ def node_index(reply: dict[str, Any], n_nodes: int) -> int:
     if not 0 <= index < n_nodes or not re.fullmatch("[0-9a-f]{16}", reply["digest"]):
         raise WireError(f"handshake of node {index} with digest {reply['digest']!r}")
     return int(index)
+
+
+def place_of(value: Any, n_nodes: int) -> int:
+    """A node's index from an error's body.
+
+    Raises:
+        WireError: It is none.
+    """
+    if not isinstance(value, int) or not 0 <= value < n_nodes:
+        raise WireError(f"an error of node {value!r}")
+    return value
 
 
 def hello_problem(reply: dict[str, Any], expected: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from executor._hop import Parts
 from executor.codec import TRANSFERS, Affine, check_affine, form_of
 from executor.errors import ConfigError, WireError
 from executor.late import check_tables
-from executor.plan import ModelSpec, Plan
+from executor.plan import ModelSpec, plan_of
 from executor.wire import Header, Kind, parse_header
 
 __all__ = [
@@ -84,7 +84,7 @@ def stage_of(
             "wrong_model", f"runs weights {digest.hex()}, asked for {header.digest.hex()}"
         )
     try:
-        plan = Plan(header.cuts)
+        plan = plan_of(header.cuts)
         plan.check(spec.n_units, n_nodes)
         check_tables(header.late, spec.n_units, n_nodes)
     except ConfigError as error:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import select
-import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from executor._records import (
     RequestRecord,
     hello_problem,
     node_index,
+    place_of,
     transfer_problem,
 )
 from executor._requests import seconds, split
@@ -38,6 +39,7 @@ from executor._sockets import (
     send_parts,
     watch_link,
 )
+from executor._wake import Wake, polling
 from executor.cluster import Cluster
 from executor.errors import RequestError, RequestRefused, RequestTimeout, WireError
 from executor.plan import Plan
@@ -59,6 +61,8 @@ __all__ = ["Session"]
 _log = logging.getLogger(__name__)
 
 _TICK_S = 0.05
+_ATTEND_MS = 1000
+_OWN_BYTES = 64 * 1024
 # As plain numbers: combining pyzmq's flags takes longer than asking.
 _IN = int(zmq.POLLIN)
 _IN_OUT = int(zmq.POLLIN | zmq.POLLOUT)
@@ -110,16 +114,23 @@ class Session:
         for source in (self._dealer, self._monitor):
             self._poller.register(source, _IN)
         self._blocked = False
-        self._wake_read, self._wake_write = socket.socketpair()
-        self._wake_read.setblocking(False)
-        self._wake_write.setblocking(False)
+        self._wake = Wake()
+        # A caller that waits may move the frames itself: then the thread stands aside, and goes on
+        # doing so while nothing is under way, but for its ticks.
+        self._attended = self._aside = False
+        self._attendant_wake = Wake()
+        # ZeroMQ's descriptors, not its sockets, so that others may use those meanwhile. They signal
+        # only the edge: whoever lets go of the sockets leaves nothing to take in.
+        fds = (self._dealer.FD, self._monitor.FD)
+        self._here, self._there = polling(self._wake.fd, *fds), polling(self._wake.fd)
+        self._attending = polling(self._attendant_wake.fd, *fds)
         self._thread = threading.Thread(target=self._serve, name="splitpilot-client", daemon=True)
         self._thread.start()
 
     def post(self, parts: Parts) -> None:
         """Send a control frame."""
         self._control.append(parts)
-        self._wake()
+        self._wake.set()
 
     def accept(self, replies: Sequence[_Json], expected: _Json) -> None:
         """Take the chain's handshakes as checked; `expected` is what they must say ever after."""
@@ -136,10 +147,18 @@ class Session:
 
         self._post_event(event)
 
-    def submit(self, seq: int, plan: Plan, deadline_s: float, late: bool = False) -> None:
+    def submit(
+        self,
+        seq: int,
+        plan: Plan,
+        deadline_s: float,
+        late: bool = False,
+        attend: Future[Reply] | None = None,
+    ) -> None:
         """Run a registered inference, with its header's cut tables if `late`.
 
-        This thread sends it, unless the session's is at work.
+        This thread sends it, unless the session's is at work. With its future as `attend` this
+        thread also stays to take in the answer, where no other does: one thread less to wake.
         """
 
         def event(now_s: float) -> None:
@@ -149,7 +168,7 @@ class Session:
         self._events.append(event)
         # Never waited for: a future's callback may submit, on the thread that holds it.
         if not self._lock_sockets.acquire(blocking=False):
-            self._wake()
+            self._wake.set()
             return
         try:
             if self._closed:
@@ -158,10 +177,32 @@ class Session:
             self._send_everything()
             # What came in while sending is not signalled any more.
             more = bool(self._ready())
+            attends = attend is not None and not self._attended
+            away = self._aside and not self._attended
+            if attends:
+                self._attended = self._aside = True
         finally:
             self._lock_sockets.release()
-        if more or self._events:
-            self._wake()
+        if attends and attend is not None:
+            self._attend(attend, more)
+        elif more or away or self._events:
+            self._wake.set()
+
+    def _attend(self, future: Future[Reply], more: bool) -> None:
+        """Move frames on this thread until the future is done; `more` if there are some now."""
+        try:
+            while not (future.done() or self._closed):
+                if not more:
+                    self._attending.poll(_ATTEND_MS)
+                    self._attendant_wake.clear()
+                with self._lock_sockets:
+                    if not self._closed:
+                        self._move()
+                more = False
+        finally:
+            self._attended = False
+            if self._requests.in_flight or self._events:
+                self._wake.set()
 
     def prefer(self, plans: Sequence[Plan]) -> None:
         """Set the plans to fall back on."""
@@ -187,52 +228,53 @@ class Session:
     def close(self) -> None:
         """End the thread; open requests raise RequestError."""
         self._closed = True
-        self._wake()
+        self._wake.set()
+        self._attendant_wake.set()
         self._thread.join()
-        self._wake_write.close()
+        self._wake.close()
+        self._attendant_wake.close()
 
     def _post_event(self, event: Callable[[float], None]) -> None:
         self._events.append(event)
-        self._wake()
-
-    def _wake(self) -> None:
-        # A full pipe is fine: the loop is then awake already.
-        with contextlib.suppress(OSError):
-            self._wake_write.send(b"\0")
+        self._wake.set()
 
     def _serve(self) -> None:
         """Move frames until the session is closed (background thread)."""
-        # ZeroMQ's descriptors, not its sockets, so that others may use those meanwhile. They signal
-        # only the edge: whoever lets go of the sockets leaves nothing to take in.
-        poller = select.poll()
-        for fd in (self._wake_read.fileno(), self._dealer.FD, self._monitor.FD):
-            poller.register(fd, select.POLLIN)
         tick_s = 0.0
         try:
             while not self._closed:
                 wait_s = max(0.0, tick_s - time.monotonic())
-                events = poller.poll(int(1000 * wait_s) + 1)
-                if (self._wake_read.fileno(), select.POLLIN) in events:
-                    self._wake_read.recv(4096)
+                # A pong is taken in at once: the clocks are compared by it.
+                away = self._aside and not self._hop.expects
+                events = (self._there if away else self._here).poll(int(1000 * wait_s) + 1)
+                if (self._wake.fd, select.POLLIN) in events:
+                    self._wake.clear()
                 with self._lock_sockets:
+                    if not self._attended and (self._requests.in_flight or self._events):
+                        self._aside = False
                     if time.monotonic() >= tick_s:
                         # What came is taken in before time is: after a pause of this process, too.
                         self._turn()
                         self._tick(time.monotonic())
                         tick_s = time.monotonic() + _TICK_S
-                    self._send_everything()
-                    while self._turn():
-                        self._send_everything()
+                    self._move()
+                if self._attended:  # it may have been its answer, or its deadline
+                    self._attendant_wake.set()
         finally:
             with self._lock_sockets:
                 self._closed = True
                 self._dealer.disable_monitor()
                 self._monitor.close(0)
                 self._dealer.close(0)
-                self._wake_read.close()
                 self._ctx.term()
             for pending in self._requests.close():
                 pending.future.set_exception(RequestError("the client was closed"))
+
+    def _move(self) -> None:
+        """Send what waits, and take in what came, until there is nothing left of it."""
+        self._send_everything()
+        while self._turn():
+            self._send_everything()
 
     def _turn(self) -> bool:
         """Take in what came, then news of the connection, then what others want; whether any."""
@@ -388,8 +430,8 @@ class Session:
         seq, tries = header.seq, header.tries
         if header.kind is Kind.ERROR:
             raw = decode_json(body)
-            node = _place(raw.get("node"), self._cluster.n_nodes)
-            to = _place(raw.get("to"), self._cluster.n_nodes)
+            node = place_of(raw.get("node"), self._cluster.n_nodes)
+            to = place_of(raw.get("to"), self._cluster.n_nodes)
             code, reason = str(raw.get("code")), str(raw.get("reason"))
             wait_s = seconds(raw, "wait_s", 60.0)
             instructions = self._recovery.error(seq, tries, code, reason, node, to, now_s, wait_s)
@@ -424,24 +466,21 @@ class Session:
         if header.digest.hex() != self._expected["digest"]:
             raise WireError(f"a result of weights {header.digest.hex()}")
         localise(header, -1, self._hop.clock.offset_s, self._hop.one_way_s)
-        # Copied out of ZeroMQ's memory: an output is small, and its reader may keep it for long.
-        output: NDArray[np.generic] = array_of(header, body).copy()
-        return output
+        output: NDArray[np.generic] = array_of(header, body)
+        # A small one may lie in a buffer of ZeroMQ's with others, and its reader keep it for long.
+        return output if output.nbytes >= _OWN_BYTES else output.copy()
 
     def _carry_out(self, instructions: Sequence[Instruction]) -> None:
         for instruction in instructions:
             if isinstance(instruction, Send):
                 pending = self._requests.get(instruction.seq)
                 if pending is not None and pending.header is not None:
-                    header = replace(
-                        pending.header,
-                        seq=instruction.seq,
-                        cuts=instruction.plan.cuts,
-                        tries=instruction.tries,
-                        direct=instruction.direct,
-                        late=pending.header.late if instruction.late else (),
-                    )
+                    header, tables = pending.header, pending.header.late
+                    header.seq, header.cuts = instruction.seq, instruction.plan.cuts
+                    header.tries, header.direct = instruction.tries, instruction.direct
+                    header.late = tables if instruction.late else ()
                     self._inputs.append([pack(header), pending.body or b""])
+                    header.late = tables
             elif isinstance(instruction, Fail):
                 ended = self._requests.settle(instruction.seq)
                 if ended is not None:
@@ -451,10 +490,3 @@ class Session:
                     ended.future.set_exception(error)
             else:
                 self._control.append([pack(Header(Kind.HELLO, client=self._id))])
-
-
-def _place(value: Any, n_nodes: int) -> int:
-    """A node's index from an error's body."""
-    if not isinstance(value, int) or not 0 <= value < n_nodes:
-        raise WireError(f"an error of node {value!r}")
-    return value

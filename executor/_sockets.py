@@ -35,15 +35,16 @@ _NOBLOCK = int(zmq.NOBLOCK)
 _MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 # Received parts below this are handed out as bytes, and sent parts below that are copied.
 _SMALL_BYTES = 2048
-_COPIED_BYTES = 64 * 1024
+_COPIED_BYTES = 256 * 1024
 _LINK_EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 # Messages ZeroMQ may hold towards a peer. Down the chain the node's own outbox does the queueing,
-# where it can be seen and bounded; up the chain there are only small replies.
-_DOWN_HWM = 2
+# where it can be seen and bounded; up the chain there are only small replies. 3 rather than 2: of
+# 1 or 2, every part that is taken out is reported to the other thread, which is woken by that.
+_DOWN_HWM = 3
 _UP_HWM = 1000
 # And from a peer: what the node cannot take yet waits with its sender. Each connection has as much,
 # so that many connections cost this many frames each.
-_IN_HWM = 2
+_IN_HWM = 3
 
 
 def bind_router(

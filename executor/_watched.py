@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import time
 from typing import Any
 
 from executor._compute import Outcome
@@ -11,7 +10,7 @@ from executor._counters import STAGE_BOUNDS_S, Histogram
 from executor._hop import Hop, Parts
 from executor._nodecore import NodeCore
 from executor._requests import Refusal
-from executor.wire import Header, Kind, pack
+from executor.wire import Header, Kind
 
 __all__ = ["WatchedCore"]
 
@@ -40,7 +39,7 @@ class WatchedCore(NodeCore):
     @property
     def drained(self) -> bool:
         """Whether every request that was taken has been answered."""
-        return not (len(self._ways) or len(self._jobs) or self.up)
+        return not (len(self._ways) or len(self._jobs) or self.up or self.acks)
 
     def facts(self, now_s: float) -> dict[str, Any]:
         """What an operator wants to know, as plain data and histograms that nobody changes."""
@@ -80,9 +79,7 @@ class WatchedCore(NodeCore):
         self._requests += 1
         if self.draining:
             if self.config.index > 0:
-                ack = header.reply(Kind.ACK)
-                ack.clock_s = (header.clock_s[0], now_s, time.monotonic())
-                self.up.append((identity, [pack(ack)]))
+                self._acknowledge(identity, header, Kind.ACK, now_s)
             raise Refusal("draining", "is draining before it ends; nothing was run")
         super()._infer(identity, header, body, now_s)
         way = self._ways.get(header)

@@ -181,13 +181,43 @@ class Client:
             ConfigError: The plan or a cut table does not fit the model or the chain.
             RequestError: The input is not what the model takes.
         """
+        return self._submit(x, plan, scheduled_s, timeout_s, late, attend=False)
+
+    def infer(
+        self,
+        x: torch.Tensor | NDArray[np.generic],
+        plan: Plan,
+        scheduled_s: float | None = None,
+        *,
+        timeout_s: float | None = None,
+        late: Sequence[CutTable] = (),
+    ) -> Reply:
+        """`submit`, and wait for the reply.
+
+        While it waits, the calling thread does what else the client's own thread would have to be
+        woken for; the input is not copied. Raises what `submit` and its future raise.
+        """
+        return self._submit(x, plan, scheduled_s, timeout_s, late, attend=True).result()
+
+    def _submit(
+        self,
+        x: torch.Tensor | NDArray[np.generic],
+        plan: Plan,
+        scheduled_s: float | None,
+        timeout_s: float | None,
+        late: Sequence[CutTable],
+        attend: bool,
+    ) -> concurrent.futures.Future[Reply]:
         now_s = time.monotonic()
         session = self._connected()
         first = session.nodes[0]
         plan.check(first["n_units"], self.cluster.n_nodes)
         check_tables(late, first["n_units"], self.cluster.n_nodes)
         tensor = not isinstance(x, np.ndarray)
-        array = np.array(x if isinstance(x, np.ndarray) else x.detach().numpy(), order="C")
+        array = x if isinstance(x, np.ndarray) else x.detach().numpy()
+        # Whoever waits for the reply does not write to it. (Where the wait ends early and the input
+        # is still on its way, its checksum keeps it from being served half changed.)
+        array = np.ascontiguousarray(array) if attend else np.array(array, order="C")
         if array.dtype != np.float32 or array.nbytes != first["input_bytes"]:
             raise RequestError(
                 f"{self.cluster.model_name} takes {first['input_bytes']} bytes of float32, got "
@@ -206,7 +236,8 @@ class Client:
             body=array_body(header, array),
             tensor=tensor,
         )
-        session.submit(self._requests.register(pending), plan, deadline_s, bool(late))
+        attended = pending.future if attend else None
+        session.submit(self._requests.register(pending), plan, deadline_s, bool(late), attended)
         return pending.future
 
     def prefer(self, plans: Sequence[Plan]) -> None:

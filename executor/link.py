@@ -106,23 +106,24 @@ class PassiveEstimator:
             self._in_flight.append((frame_bytes, now_s))
             self.unacked_bytes += frame_bytes
 
-    def on_ack(self, received_s: float, now_s: float) -> None:
+    def on_ack(self, received_s: float, now_s: float, held_s: float = 0.0) -> None:
         """The oldest frame in flight was acknowledged (without one, nothing happens).
 
         Args:
             received_s: When the peer had the whole frame, on this node's clock
                 (`ClockOffset.to_local`).
             now_s: When the acknowledgement arrived.
+            held_s: For how long the peer kept it back, in favour of what had to go on.
         """
         with self._lock:
-            self._take_ack(received_s, now_s)
+            self._take_ack(received_s, now_s, held_s)
 
-    def _take_ack(self, received_s: float, now_s: float) -> None:
+    def _take_ack(self, received_s: float, now_s: float, held_s: float) -> None:
         if not self._in_flight:
             return
         frame_bytes, sent_s = self._in_flight.popleft()
         self.unacked_bytes -= frame_bytes
-        self._note_return(max(0.0, now_s - received_s), now_s)
+        self._note_return(max(0.0, now_s - held_s - received_s), now_s)
         service_s = received_s - self._service_start_s(sent_s)
         self._last_received_s = max(self._last_received_s, received_s)
         if frame_bytes < self._min_frame_bytes or service_s < MIN_SERVICE_S:

@@ -19,7 +19,6 @@ import os
 import platform
 import select
 import signal
-import socket
 import sys
 import threading
 import time
@@ -38,6 +37,7 @@ from executor._load import HostLoad
 from executor._mover import Dialled, Mover
 from executor._nodecore import CoreConfig
 from executor._sockets import HandshakeMonitor, authenticate, bind_router
+from executor._wake import Wake, polling
 from executor._watched import WatchedCore
 from executor.arguments import Parser
 from executor.backends import build_backend
@@ -106,7 +106,7 @@ class Node:
         self._jobs = FairQueue(cluster.max_queue)
         self._lock = threading.Lock()  # whoever holds it may use sockets and core
         self._standing_in = False
-        self._main_wake, self._compute_wake = _Wake(), _Wake()
+        self._main_wake, self._compute_wake = Wake(), Wake()
         self._ctx: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._auth = None
         self._handshakes: HandshakeMonitor | None = None
@@ -173,10 +173,8 @@ class Node:
         """Serve until `stop`, the end of `drain`, or the end of `control_fd` (JSON lines)."""
         self._compute = threading.Thread(target=self._run, name="compute", daemon=True)
         self._compute.start()
-        aside, standing_in = select.poll(), select.poll()
-        for poller, fds in ((aside, ()), (standing_in, self._mover.fds)):
-            for fd in (self._main_wake.fd, *fds, *([] if control_fd is None else [control_fd])):
-                poller.register(fd, select.POLLIN)
+        always = (self._main_wake.fd, *([] if control_fd is None else [control_fd]))
+        aside, standing_in = polling(*always), polling(*always, *self._mover.fds)
         control = b""
         wait_ms = 0
         try:
@@ -193,8 +191,12 @@ class Node:
                         self._control(line)
                 if self._main_wake.fd in ready:
                     self._main_wake.clear()
+                wait_ms = 0
+                if not (self._standing_in or self._questions or self._drain_until_s is not None):
+                    continue
                 with self._lock:
-                    wait_ms = self._mover.turn() if self._standing_in else 0
+                    if self._standing_in:
+                        wait_ms = self._mover.turn()
                     if len(self._jobs) and not self._standing_in:
                         self._compute_wake.set()
                     while self._questions:
@@ -206,22 +208,21 @@ class Node:
 
     def _run(self) -> None:
         """Compute what there is to compute, and move frames meanwhile (the compute thread)."""
-        poller = select.poll()
-        for fd in (self._compute_wake.fd, *self._mover.fds):
-            poller.register(fd, select.POLLIN)
+        poller = polling(self._compute_wake.fd, *self._mover.fds)
         try:
             while True:
                 with self._lock:
                     if self._stopping:
                         return
-                    wait_ms = self._mover.turn()
+                    wait_ms = self._mover.turn(until_job=True)
                     job = self._jobs.get()
                 if job is not None:
                     self._work(job)
                     continue
-                if self._standing_in:  # what was computed has been sent
+                if self._standing_in:
+                    # What was computed has been sent. The main thread is not woken to be told: the
+                    # next node needs the core more, and it will see when something comes.
                     self._standing_in = False
-                    self._main_wake.set()
                     continue
                 if wait_ms and (self._compute_wake.fd, select.POLLIN) in poller.poll(wait_ms):
                     self._compute_wake.clear()
@@ -339,29 +340,6 @@ class Node:
             self._pacer.load = trace
         except (ConfigError, ValueError, KeyError, TypeError) as error:
             _log.warning("control line ignored, expected a load: %r", error)
-
-
-class _Wake:
-    """Wakes a thread that polls `fd`."""
-
-    def __init__(self) -> None:
-        self._near, self._far = socket.socketpair()
-        self._near.setblocking(False)
-        self._far.setblocking(False)
-        self.fd = self._near.fileno()
-
-    def set(self) -> None:
-        # A full or closed pipe is fine: the thread is then awake, or gone.
-        with contextlib.suppress(OSError):
-            self._far.send(b"\0")
-
-    def clear(self) -> None:
-        with contextlib.suppress(OSError):
-            self._near.recv(4096)
-
-    def close(self) -> None:
-        self._near.close()
-        self._far.close()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

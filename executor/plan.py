@@ -8,6 +8,8 @@ the unit n has run are not crossed at all.
 
 from __future__ import annotations
 
+import functools
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, combinations_with_replacement, pairwise
@@ -24,6 +26,7 @@ __all__ = [
     "is_constrained",
     "next_node",
     "plan_mask",
+    "plan_of",
 ]
 
 INPUT_SLACK = 1.05
@@ -104,10 +107,20 @@ class Plan:
 
     def last_node(self, n_units: int) -> int:
         """Index of the node that produces the output (the request goes no further)."""
-        return next((h for h, cut in enumerate(self.cuts) if cut >= n_units), len(self.cuts))
+        return bisect_left(self.cuts, n_units)
 
     def __str__(self) -> str:
         return "(" + ", ".join(map(str, self.cuts)) + ")"
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_of(cuts: tuple[int, ...]) -> Plan:
+    """`Plan(cuts)`, kept: nodes meet the same few plans again and again.
+
+    Raises:
+        ConfigError: As `Plan`.
+    """
+    return Plan(cuts)
 
 
 def candidate_cuts(spec: ModelSpec) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ import torch
 
 from executor.bench.__main__ import main
 from executor.bench.cases import echo_case
+from executor.bench.longrun import growth
 from executor.bench.measure import CaseResult, SystemResult
 from executor.bench.report import summary, table
 from executor.bench.systems import pump_futures
@@ -86,6 +87,25 @@ def test_the_long_run_changes_plans_and_watches_memory_and_files(net, tmp_path):
     assert len(result["samples"]) == 20 and result["samples"][-1]["requests"] == 160
     late = [sample["open_files"] for sample in result["samples"][10:]]
     assert late[0] == late[-1] and len(late[0]) == 4
+    assert result["growth"]["open_files"] == [0, 0, 0, 0]
+    assert len(result["growth"]["memory_mib"]) == 4 and "growth" in ran.stdout
+
+
+def test_growth_is_that_of_the_settled_run():
+    samples = [[9.0, 3], [5.0, 3], [5.0, 3], [5.0, 4], [5.5, 4], [6.0, 4], [7.0, 4], [7.0, 4]]
+    assert growth(samples) == [2.0, 1.0 - 0.5]
+    assert growth([[5.0, 3]]) == [0.0, 0]
+
+
+def test_the_memory_of_real_nodes_is_held_against_what_is_allowed(net, tmp_path):
+    path = tmp_path / "memory.json"
+    ran = bench("--model", net, "--memory", "--backends", "eager", "--json", str(path))
+    assert ran.returncode == 0, ran.stderr
+    result = json.loads(path.read_text())
+    (node,) = result["nodes"]
+    assert node["backend"] == "eager" and 0 < node["weights_mib"] < 1
+    assert node["bound_mib"] > result["no_model_mib"] + 100 and node["within"]
+    assert f"{node['memory_mib']:.0f} MiB" in ran.stdout
 
 
 @pytest.mark.parametrize(
@@ -96,6 +116,7 @@ def test_the_long_run_changes_plans_and_watches_memory_and_files(net, tmp_path):
         (["--sizes", "4,x"], "--sizes"),
         (["--sizes", "99999999"], "--sizes"),
         (["--long", "0"], "--long"),
+        (["--memory", "--backends", "eager,abacus"], "abacus"),
         (["--json", "no/such/folder/f.json"], "no/such/folder"),
         (["--systems", "carrier-pigeon"], "carrier-pigeon"),
         (["--model", "alexnett", "--sizes", "none", "--systems", "executor"], "alexnett"),

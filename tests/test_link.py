@@ -112,6 +112,13 @@ def test_the_window_forgets_the_old_rate():
     assert hop.estimator.estimate(end_s).bytes_per_s == pytest.approx(1e7, rel=1e-3)
 
 
+def test_an_acknowledgement_kept_back_does_not_make_the_hop_longer():
+    estimator = PassiveEstimator()
+    estimator.on_sent(100, 1.0)
+    estimator.on_ack(1.01, 1.05, held_s=0.03)
+    assert estimator.rtt_s == pytest.approx(0.02)
+
+
 def test_backlog_counts_what_is_not_acknowledged():
     estimator = PassiveEstimator()
     assert estimator.estimate(0.0) is None

@@ -49,7 +49,8 @@ def core(index, max_queue=2):
 
 
 def kinds(node):
-    return [parse(parts).header.kind for _, parts in node.up]
+    acks = [header.kind for _, header in node.acks]
+    return acks + [parse(parts).header.kind for _, parts in node.up]
 
 
 def ack(hop, header, received_s, now_s, kind=Kind.ACK):
@@ -348,6 +349,7 @@ def test_status_goes_to_whoever_talks_and_stops_when_they_leave():
     values = decode_json(parse(node.up[-1][1]).body)
     assert values["node"] == 1 and values["meter"] == "constant-12W"
     node.up.clear()
+    node.acks.clear()
     status = Header(Kind.STATUS)
     body = attach(status, encode_json({"node": 2, "every_s": 0.1}))
     node.on_downstream([pack(status), body], 0.15)
@@ -469,6 +471,7 @@ def test_a_peer_over_its_rate_is_told_so_and_others_are_served():
     assert reasons == ["node n2: more than 2 messages/s from one peer; send slower"] * 2
     assert len(queue) == 5 and node.refused == 2
     node.up.clear()
+    node.acks.clear()
     node.on_upstream(b"flood", of_client(b"f", (0, 0), 6), 1.0)
     assert kinds(node) == [Kind.ACK] and len(queue) == 6
 

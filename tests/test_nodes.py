@@ -184,6 +184,58 @@ def test_split_equals_whole_bit_for_bit(client, chain, cuts):
     assert parts_s <= record.latency_s + 0.001
 
 
+def test_whoever_waits_moves_the_frames_while_others_submit(client, chain):
+    inputs = [sample_input(i) for i in range(4)]
+    wanted = [chain.run(x, 0, N) for x in inputs]
+    wrong, later = [], []
+
+    def one_at_a_time(own):
+        for k in range(6):
+            reply = client.infer(inputs[own], Plan(PLANS[(own + k) % len(PLANS)]))
+            if not torch.equal(reply.output, wanted[own]):
+                wrong.append((own, k))
+
+    threads = [threading.Thread(target=one_at_a_time, args=(own,)) for own in range(2)]
+    for thread in threads:
+        thread.start()
+    # Answers are taken in for those who do not wait, too, also after the last who did has left.
+    futures = [client.submit(inputs[2], Plan(PLANS[k % len(PLANS)])) for k in range(8)]
+    futures[0].add_done_callback(lambda _: later.append(client.submit(inputs[3], Plan((0, N)))))
+    for thread in threads:
+        thread.join()
+    for future in futures:
+        assert torch.equal(future.result().output, wanted[2])
+    until(lambda: later)
+    assert torch.equal(later[0].result().output, wanted[3]) and not wrong
+    assert torch.equal(client.infer(inputs[0], Plan((0, 0))).output, wanted[0])
+    alone = client.submit(inputs[1], Plan((3, 3)))
+    until(alone.done)
+    assert torch.equal(alone.result().output, wanted[1])
+
+
+def test_waiting_ends_with_the_deadline_and_with_the_client(cluster):
+    with Client(cluster) as client:
+        client.connect(20.0)
+        with pytest.raises(RequestTimeout):
+            client.infer(sample_input(0), Plan((5, N)), timeout_s=0.001)
+        asked = threading.Event()
+        ended = []
+
+        def wait():
+            asked.set()
+            try:
+                while True:
+                    client.infer(sample_input(0), Plan((5, N)))
+            except (RequestError, HandshakeError) as error:
+                ended.append(error)
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        assert asked.wait(10)
+    thread.join(10)
+    assert not thread.is_alive() and len(ended) == 1
+
+
 def test_numpy_in_numpy_out(client, chain):
     x = sample_input(4).numpy()
     due = time.monotonic() - 1.0

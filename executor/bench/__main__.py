@@ -51,6 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--sizes", help="sizes to echo in KiB, e.g. 4,64,1024; none for no echo")
     add("--systems", help="what to compare, e.g. executor,grpc (all that can run here)")
     add("--long", type=int, metavar="N", help="instead: N requests, another plan every 50")
+    add("--memory", action="store_true", help="instead: memory of real nodes, on every backend")
+    add("--backends", help="for --memory, e.g. eager,onnx (all that can run here)")
     add("--json", type=Path, help="write the figures here")
     add("--plot", type=Path, help="draw the comparison here (PNG, SVG, PDF)")
     return parser
@@ -106,6 +108,8 @@ def _run(args: argparse.Namespace) -> int:
         check_model(model)
     if args.long is not None:
         return _run_long(args)
+    if args.memory:
+        return _run_memory(args)
     systems, missing = find_systems()
     if args.systems is not None:
         known = {name.replace(" ", "-"): name for name in (*systems, *missing)}
@@ -151,6 +155,22 @@ def _run_long(args: argparse.Namespace) -> int:
     print(describe(result))
     _store(result, args.json)
     return 1 if result["wrong"] else 0
+
+
+def _run_memory(args: argparse.Namespace) -> int:
+    """What each model costs a node; returns the exit code."""
+    from executor.backends import available_backends
+    from executor.bench.memory import describe_memory, run_memory
+
+    usable = available_backends()
+    backends = args.backends.split(",") if args.backends else usable
+    for name in backends:
+        if name not in usable:
+            raise ConfigError(f"backend {name!r} cannot be used here; {', '.join(usable)} can")
+    result = run_memory(args.model, backends)
+    print(describe_memory(result))
+    _store(result, args.json)
+    return 0
 
 
 def _store(result: dict[str, Any], path: Path | None) -> None:

@@ -157,8 +157,8 @@ def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def resident_mib() -> float:
-    """Anonymous resident memory of this process, what it shares with its parent included."""
-    with open("/proc/self/status", encoding="ascii") as file:
+def resident_mib(pid: int | str = "self") -> float:
+    """Anonymous resident memory of a process, what it shares with its parent included."""
+    with open(f"/proc/{pid}/status", encoding="ascii") as file:
         kib = next(int(line.split()[1]) for line in file if line.startswith("RssAnon"))
     return kib / 1024

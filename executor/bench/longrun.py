@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import time
+from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
 from executor.bench import ours
@@ -11,7 +14,7 @@ from executor.bench.hosts import open_files, resident_mib
 from executor.bench.measure import Running, drain
 from executor.plan import candidate_plans
 
-__all__ = ["PLAN_EVERY", "describe", "run_long"]
+__all__ = ["PLAN_EVERY", "describe", "growth", "run_long"]
 
 PLAN_EVERY = 50
 _SAMPLES = 20
@@ -21,13 +24,15 @@ def run_long(case: Case, requests: int) -> dict[str, Any]:
     """So many requests one after the other, another candidate plan every `PLAN_EVERY`.
 
     Returns:
-        `requests`, `plan_changes`, `wrong`, and `samples`: requests done so far, and per process
-        (client first) MiB of anonymous memory and open files.
+        `requests`, `seconds`, `plan_changes`, `wrong`, and `samples`: requests done so far, and per
+        process (client first) MiB of anonymous memory and open files. `growth` has of both, per
+        process, by how much the median of the last quarter's samples exceeds the second quarter's.
     """
     plans = candidate_plans(case.chain.spec, case.n_nodes)
     choose = random.Random(0)
     wrong = changes = 0
     samples: list[dict[str, Any]] = []
+    begun_s = time.monotonic()
     with Running(case, [ours.SYSTEM]) as running:
         link = running.links[ours.SYSTEM.name]
         assert isinstance(link, ours.Link)
@@ -46,7 +51,24 @@ def run_long(case: Case, requests: int) -> dict[str, Any]:
                         "open_files": [open_files(), *(node.open_files for node in nodes)],
                     }
                 )
-    return {"requests": requests, "plan_changes": changes, "wrong": wrong, "samples": samples}
+    return {
+        "requests": requests,
+        "seconds": round(time.monotonic() - begun_s, 1),
+        "plan_changes": changes,
+        "wrong": wrong,
+        "growth": {key: growth([s[key] for s in samples]) for key in ("memory_mib", "open_files")},
+        "samples": samples,
+    }
+
+
+def growth(samples: Sequence[Sequence[float]]) -> list[float]:
+    """By how much each column's median over the last quarter exceeds that over the second."""
+    quarter = max(1, len(samples) // 4)
+    columns = zip(*samples, strict=True)
+    return [
+        round(median(column[-quarter:]) - median(column[quarter : 2 * quarter] or column), 2)
+        for column in columns
+    ]
 
 
 def describe(result: dict[str, Any]) -> str:
@@ -54,11 +76,16 @@ def describe(result: dict[str, Any]) -> str:
     samples = result["samples"]
     shown = [samples[len(samples) // 5], samples[len(samples) // 2], samples[-1]]
     lines = [
-        f"long run: {result['requests']} requests, {result['plan_changes']} plan changes, "
-        f"{result['wrong']} wrong; client and nodes:"
+        f"long run: {result['requests']} requests in {result['seconds']:.0f} s, "
+        f"{result['plan_changes']} plan changes, {result['wrong']} wrong; client and nodes:"
     ]
     for sample in shown:
         memory = "/".join(f"{value:.1f}" for value in sample["memory_mib"])
         files = "/".join(map(str, sample["open_files"]))
         lines.append(f"  after {sample['requests']:6} requests: {memory} MiB, {files} open files")
+    memory, files = (
+        "/".join(f"{value:+g}" for value in result["growth"][key])
+        for key in ("memory_mib", "open_files")
+    )
+    lines.append(f"  growth, second quarter to last: {memory} MiB, {files} open files")
     return "\n".join(lines)
