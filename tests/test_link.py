@@ -218,7 +218,7 @@ class FarNode:
                 self.hop.on_pong(pong, answered_s)
             else:
                 ack = header.reply(Kind.ACK)
-                ack.clock_s = (0.0, far_s, 0.0)
+                ack.clock_s = (0.0, far_s, far_s)
                 self.hop.on_ack(ack, answered_s)
         return answered_s
 
