@@ -44,8 +44,8 @@ def main(argv: list[str] | None = None) -> int:
         help="train on this saved profile (checkpoints/MODEL/profile.json) in the simulator alone: "
         "no nodes, no fine-tuning",
     )
-    parser.add_argument("--rounds", type=int, default=30, help="rounds of hindsight before PPO")
-    parser.add_argument("--steps", type=positive_int, help="steps of PPO (default: 200,000)")
+    parser.add_argument("--rounds", type=int, default=24, help="rounds of hindsight before PPO")
+    parser.add_argument("--steps", type=positive_int, help="steps of PPO (default: 150,000)")
     parser.add_argument("--online-steps", type=int, default=40, help="intervals on the nodes")
     parser.add_argument(
         "--live-intervals", type=positive_int, default=15, help="per arm of the closing table"

@@ -69,7 +69,7 @@ class HindsightSettings:
         learning_rate: Adam's.
     """
 
-    rounds: int = 30
+    rounds: int = 24
     n_envs: int = 128
     intervals: int = 60
     every: int = 3
@@ -78,7 +78,7 @@ class HindsightSettings:
     discount: float = 0.95
     explore: float = 0.1
     memory: int = 24
-    epochs: int = 4
+    epochs: int = 3
     batch_size: int = 512
     learning_rate: float = 1e-3
 

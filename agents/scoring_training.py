@@ -54,7 +54,7 @@ class ScoringSettings:
     """
 
     hindsight: HindsightSettings = field(
-        default_factory=lambda: HindsightSettings(rounds=240, n_envs=48, memory=120)
+        default_factory=lambda: HindsightSettings(rounds=240, n_envs=48, memory=120, epochs=4)
     )
     width: int = 32
     tau: float = 0.05

@@ -67,7 +67,7 @@ class TrainingSettings:
     """
 
     hindsight: HindsightSettings = field(default_factory=HindsightSettings)
-    steps: int = 200_000
+    steps: int = 150_000
     n_envs: int = 256
     copies: int = 8
     rollout: int = 32
@@ -83,7 +83,7 @@ class TrainingSettings:
     mixture: Mixture = field(default_factory=Mixture)
     strengths: tuple[float, ...] = (0.25, 0.5, 0.75)
     seed: int = 0
-    validate_every: int = 100_000
+    validate_every: int = 75_000
     validation_envs: int = 192
     threads: int = 2
 
