@@ -119,16 +119,20 @@ def test_one_row_alone_is_scored_as_in_a_batch(model: CostModel) -> None:
 def test_lessons_from_two_models_teach_one_policy() -> None:
     models = [make_model("alexnet"), make_model("mobilenet_v2")]
     done: list[int] = []
+    kept: list[ScoringPolicy] = []
     policy = train_for_all(
         [m.profile for m in models],
         [models[0].scenario],
         models,
         SMALL,
         lambda i, total, ratio: done.append(i),
+        kept.append,
     )
     assert done == [1, 2, 3, 4]
     assert [d for d, _ in policy.metadata["validation_cost_ratio_to_solver"]] == [2, 4]
-    assert np.abs(policy.arrays["w3"]).max() > 0, "nothing was learned"
+    assert np.abs(kept[-1].arrays["w3"]).max() > 0, "nothing was learned"
+    strength = np.float32(policy.metadata["strength"])
+    assert np.array_equal(policy.arrays["w3"], kept[-1].arrays["w3"] * strength)
     again = train_for_all([m.profile for m in models], [models[0].scenario], models, SMALL)
     assert all(np.array_equal(policy.arrays[k], again.arrays[k]) for k in policy.arrays)
 
