@@ -193,9 +193,9 @@ class Pipeline:
         return policy, checkpoint
 
     def _policy_zip(self) -> bytes:
-        """SB3's form of the policy."""
+        """SB3's form of the policy; where its curves went is of this machine, and left out."""
         buffer = io.BytesIO()
-        self._ppo.save(buffer)
+        self._ppo.save(buffer, exclude=["tensorboard_log"])
         return buffer.getvalue()
 
     def _simulate(self, model: CostModel, checkpoint: Checkpoint) -> tuple[Any, dict[str, Any]]:
