@@ -17,6 +17,7 @@ from agents.cli import (
     MODEL_HELP,
     Parser,
     add_transfer_argument,
+    load_profile,
     model_argument,
     positive_int,
     run_command,
@@ -37,8 +38,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", type=model_argument, default="alexnet", help=MODEL_HELP)
     parser.add_argument("--scenario", type=Path, help="scenario file (default: the shipped one)")
     parser.add_argument("--cluster", type=Path, help="train on these nodes, not on the testbed")
-    parser.add_argument("--rounds", type=int, default=20, help="rounds of hindsight before PPO")
-    parser.add_argument("--steps", type=positive_int, help="steps of PPO (default: 400,000)")
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        help="train on this saved profile (checkpoints/MODEL/profile.json) in the simulator alone: "
+        "no nodes, no fine-tuning",
+    )
+    parser.add_argument("--rounds", type=int, default=24, help="rounds of hindsight before PPO")
+    parser.add_argument("--steps", type=positive_int, help="steps of PPO (default: 150,000)")
     parser.add_argument("--online-steps", type=int, default=40, help="intervals on the nodes")
     parser.add_argument(
         "--live-intervals", type=positive_int, default=15, help="per arm of the closing table"
@@ -61,11 +68,16 @@ def main(argv: list[str] | None = None) -> int:
     training = TrainingSettings(seed=args.seed, hindsight=HindsightSettings(rounds=args.rounds))
     if args.steps:
         training = replace(training, steps=args.steps)
+    if args.profile is not None and args.cluster is not None:
+        parser.error("--profile trains without nodes and --cluster for running ones; give one")
     scenario, instead = Scenario.load(args.scenario), "set `transfer` in the cluster file"
+    if args.profile is not None:
+        instead = "the profile says it"
+    testbed = args.cluster is None and args.profile is None
     pipeline = Pipeline(
         model_name=args.model,
         scenario=scenario,
-        transfers=transfers(args.transfer, len(scenario.hops), args.cluster is None, instead),
+        transfers=transfers(args.transfer, len(scenario.hops), testbed, instead),
         training=training,
         online_steps=args.online_steps,
         directory=args.checkpoint or CHECKPOINTS / model_label(args.model),
@@ -75,6 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         isolation=args.isolation,
         live_intervals=args.live_intervals,
         resume=args.resume,
+        profile=load_profile(args.profile, args.model, scenario) if args.profile else None,
     )
     pipeline.run()
     return 0

@@ -12,16 +12,20 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from env.scenario import Scenario
 from executor.arguments import Parser
 from executor.codec import TRANSFERS, parse_transfers
 from executor.errors import ConfigError, SplitpilotError
 from executor.logs import add_log_arguments, configure_logging
+from executor.modelref import model_label
+from executor.profile import Profile
 
 __all__ = [
     "CHECKPOINTS",
     "MODEL_HELP",
     "Parser",
     "add_transfer_argument",
+    "load_profile",
     "model_argument",
     "numbers",
     "progress",
@@ -44,6 +48,22 @@ def model_argument(name: str) -> str:
         return check_model(name)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def load_profile(path: Path, model: str, scenario: Scenario) -> Profile:
+    """A model's stored profile.
+
+    Raises:
+        ConfigError: It is unreadable, of another model, or of another number of nodes.
+    """
+    profile = Profile.load(path)
+    if profile.spec.name != model_label(model):
+        raise ConfigError(f"profile {path} is of {profile.spec.name}, not {model}")
+    if profile.n_nodes != scenario.n_nodes:
+        raise ConfigError(
+            f"profile {path} has {profile.n_nodes} nodes, the scenario {scenario.n_nodes}"
+        )
+    return profile
 
 
 def positive_float(text: str) -> float:

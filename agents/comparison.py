@@ -16,7 +16,7 @@ from rich.console import Console
 
 from agents import cells
 from agents.cells import Cell
-from agents.cli import CHECKPOINTS, numbers, progress, transfers
+from agents.cli import CHECKPOINTS, load_profile, numbers, progress, transfers
 from agents.compare import BATTERY_WH, ArmRun, per_row, summarise
 from agents.controllers import ARMS
 from agents.provenance import provenance, without_folders
@@ -281,11 +281,4 @@ def _profile(args: argparse.Namespace, directory: Path, scenario: Scenario) -> P
             f"the simulator needs a profile and {path} does not exist: give --profile FILE, or "
             f"make a checkpoint with `python train.py --model {args.model}`"
         )
-    profile = Profile.load(path)
-    if profile.spec.name != model_label(args.model):
-        raise ConfigError(f"profile {path} is of {profile.spec.name}, not {args.model}")
-    if profile.n_nodes != scenario.n_nodes:
-        raise ConfigError(
-            f"profile {path} has {profile.n_nodes} nodes, the scenario {scenario.n_nodes}"
-        )
-    return profile
+    return load_profile(path, args.model, scenario)

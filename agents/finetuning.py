@@ -23,7 +23,8 @@ from agents.nodes import rescale_nodes
 from agents.policy import ResidualSolverPolicy
 from agents.runtime import PolicyController
 from agents.scalars import log_system
-from agents.training import TrainingSettings, mean_cost, to_checkpoint
+from agents.training import TrainingSettings, to_checkpoint
+from agents.validation import mean_cost
 from env.cost import Cost
 from env.predict import CostModel
 from env.simulator import Simulator

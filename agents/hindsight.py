@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 
 from agents.policy import ResidualSolverPolicy, export_arrays
 from agents.runtime import Actor, PolicyNetwork, ResidualActor
-from env.conditions import Conditions
+from env.conditions import ConditionsSource
 from env.cost import Cost
+from env.mixture import MixedConditions, Mixture
 from env.predict import CostModel
 from env.simulator import Simulator, Snapshot
 from env.state import idle_probes
@@ -68,7 +69,7 @@ class HindsightSettings:
         learning_rate: Adam's.
     """
 
-    rounds: int = 20
+    rounds: int = 24
     n_envs: int = 128
     intervals: int = 60
     every: int = 3
@@ -77,7 +78,7 @@ class HindsightSettings:
     discount: float = 0.95
     explore: float = 0.1
     memory: int = 24
-    epochs: int = 4
+    epochs: int = 3
     batch_size: int = 512
     learning_rate: float = 1e-3
 
@@ -159,7 +160,7 @@ def _candidates(order: I64, count: int, rng: np.random.Generator) -> I64:
 def gather_lessons(
     model: CostModel,
     actor: Actor,
-    rate_rps: F64,
+    conditions: ConditionsSource,
     seed: int,
     settings: HindsightSettings,
 ) -> Lessons:
@@ -168,14 +169,13 @@ def gather_lessons(
     Args:
         model: Profile, scenario and candidate plans.
         actor: The policy.
-        rate_rps: [B] mean arrival rate of each environment.
-        seed: Names the conditions and draws the plans tried.
+        conditions: What B environments live through.
+        seed: Draws the plans tried.
         settings: How much.
     """
     rng = np.random.default_rng([seed, 3])
-    batch = len(rate_rps)
-    n_intervals = settings.intervals + settings.lookahead
-    tape = record_conditions(Conditions(model.scenario, rate_rps, seed), n_intervals)
+    tape = record_conditions(conditions, settings.intervals + settings.lookahead)
+    batch = tape.batch
     encoder, simulator = actor.encoder, Simulator(model, batch, 0, conditions=tape.play())
     state = simulator.reset()
     history = encoder.push(encoder.new_history(batch), state)
@@ -249,6 +249,7 @@ class Learner:
 def learn_from_hindsight(
     policy: ResidualSolverPolicy,
     model: CostModel,
+    mixture: Mixture,
     rates: tuple[float, float],
     seed: int,
     settings: HindsightSettings,
@@ -259,6 +260,7 @@ def learn_from_hindsight(
     Args:
         policy: The policy; its critic is left alone.
         model: Profile, scenario and candidate plans.
+        mixture: Conditions to learn from.
         rates: Arrival rates to learn at, as fractions of the best static plan's capacity.
         seed: Everything drawn depends on it.
         settings: How much.
@@ -274,12 +276,14 @@ def learn_from_hindsight(
         return every.gather(1, plans)
 
     rng = np.random.default_rng([seed, 4])
+    conditions = MixedConditions(model, mixture, rates, settings.n_envs, seed)
+    system = mixture.system(model)
     learner = Learner(policy.actor_parameters(), logits, settings, seed)
     losses = []
     for done in range(1, settings.rounds + 1):
-        rate = rng.uniform(*rates, settings.n_envs) * model.capacity_rps
-        actor = ResidualActor(model, PolicyNetwork(export_arrays(policy)))
-        draw = int(rng.integers(2**62))
-        losses.append(learner.learn(gather_lessons(model, actor, rate, draw, settings)))
+        actor = ResidualActor(system, PolicyNetwork(export_arrays(policy)))
+        conditions.reset(int(rng.integers(2**62)))
+        lessons = gather_lessons(system, actor, conditions, int(rng.integers(2**62)), settings)
+        losses.append(learner.learn(lessons))
         report(done)
     return losses

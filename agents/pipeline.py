@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from env.predict import CostModel
 from env.scenario import Scenario
 from env.simulator import Simulator
 from executor.errors import ConfigError
+from executor.profile import Profile
 
 __all__ = ["Pipeline"]
 
@@ -52,6 +54,8 @@ class Pipeline:
         live_intervals: Intervals per arm of the short table measured on the nodes.
         resume: Go on with an interrupted training of the same settings, if there is one.
         transfers: Per hop of the testbed, the form activations cross it in; float32 if empty.
+        profile: Train on this profile in the simulator alone: no nodes are started, profiled,
+            fine-tuned on or measured.
     """
 
     model_name: str
@@ -66,37 +70,51 @@ class Pipeline:
     live_intervals: int = 15
     resume: bool = False
     transfers: tuple[str, ...] = ()
+    profile: Profile | None = None
     console: Console = field(default_factory=Console)
 
     def run(self) -> Checkpoint:
         """Do all of it; the checkpoint is written after training and again after fine-tuning."""
-        say = self.console.print
         self.console.width = max(self.console.width, TABLE_WIDTH)
         point = self._resume_point()
-        with self._open(point) as system:
-            profile = system.model.profile
-            edge = system.model.references
-            say(
-                f"{profile.spec.name} on {' - '.join(n.name for n in profile.nodes)}: edge-only "
-                f"{edge.latency_s * 1e3:.0f} ms, {edge.edge_j:.2f} J; "
-                f"{len(system.model.plans)} candidate plans; best static capacity "
-                f"{system.model.capacity_rps:.1f} requests/s"
-            )
-            model = point.cost_model() or system.model
-            if model.profile.shape_digest() != profile.shape_digest():
-                raise ConfigError(
-                    f"{point.path} is of a training on {model.profile.n_nodes} nodes with other "
-                    f"units than the running ones; train without --resume"
-                )
-            policy, checkpoint = self._train(model, point)
-            checkpoint.save(self.directory, self._policy_zip())
-            if self.online_steps:
-                checkpoint = self._finetune(policy, system, checkpoint)
-                checkpoint.save(self.directory, self._policy_zip())
+        if self.profile is not None:
+            model = point.cost_model() or CostModel(self.profile, self.scenario)
+            self._introduce(model)
+            _, checkpoint = self._train(model, point)
             point.remove()
-            self._measure(system, checkpoint)
-        say(f"checkpoint: {self.directory}   curves: tensorboard --logdir {self.log_dir.parent}")
+        else:
+            with self._open(point) as system:
+                checkpoint = self._run_on(system, point)
+        self.console.print(
+            f"checkpoint: {self.directory}   curves: tensorboard --logdir {self.log_dir.parent}"
+        )
         return checkpoint
+
+    def _run_on(self, system: LiveSystem, point: ResumePoint) -> Checkpoint:
+        """Train for running nodes, and tune and measure on them."""
+        profile = system.model.profile
+        self._introduce(system.model)
+        model = point.cost_model() or system.model
+        if model.profile.shape_digest() != profile.shape_digest():
+            raise ConfigError(
+                f"{point.path} is of a training on {model.profile.n_nodes} nodes with other "
+                f"units than the running ones; train without --resume"
+            )
+        policy, checkpoint = self._train(model, point)
+        if self.online_steps:
+            checkpoint = self._finetune(policy, system, checkpoint)
+            checkpoint.save(self.directory, self._policy_zip())
+        point.remove()
+        self._measure(system, checkpoint)
+        return checkpoint
+
+    def _introduce(self, model: CostModel) -> None:
+        profile, edge = model.profile, model.references
+        self.console.print(
+            f"{profile.spec.name} on {' - '.join(n.name for n in profile.nodes)}: edge-only "
+            f"{edge.latency_s * 1e3:.0f} ms, {edge.edge_j:.2f} J; {len(model.plans)} candidate "
+            f"plans; best static capacity {model.capacity_rps:.1f} requests/s"
+        )
 
     def _resume_point(self) -> ResumePoint:
         """Where this training can be resumed; what was saved is loaded if that is wanted."""
@@ -106,7 +124,7 @@ class Pipeline:
             self.scenario,
             {
                 "training": asdict(self.training),
-                "nodes": "testbed" if self.cluster is None else "cluster",
+                "nodes": self._nodes(),
                 "weights": self.weights,
                 **({"transfers": list(self.transfers)} if self.transfers else {}),
             },
@@ -116,6 +134,12 @@ class Pipeline:
             after = f"resuming {point.path} after {point.steps:,} steps"
             self.console.print(after if found else f"no {point.path}: training from the start")
         return point
+
+    def _nodes(self) -> str:
+        """What is trained for; a training is only resumed for the same."""
+        if self.profile is not None:
+            return f"none, profile {hashlib.sha256(self.profile.to_json().encode()).hexdigest()}"
+        return "testbed" if self.cluster is None else "cluster"
 
     @contextmanager
     def _open(self, point: ResumePoint) -> Iterator[LiveSystem]:
@@ -164,12 +188,14 @@ class Pipeline:
             "simulator": results,
             "steps_per_s": round(result.steps_per_s),
         }
-        return policy, replace(result.checkpoint, metadata=metadata)
+        checkpoint = replace(result.checkpoint, metadata=metadata)
+        checkpoint.save(self.directory, self._policy_zip())
+        return policy, checkpoint
 
     def _policy_zip(self) -> bytes:
-        """SB3's form of the policy."""
+        """SB3's form of the policy; where its curves went is of this machine, and left out."""
         buffer = io.BytesIO()
-        self._ppo.save(buffer)
+        self._ppo.save(buffer, exclude=["tensorboard_log"])
         return buffer.getvalue()
 
     def _simulate(self, model: CostModel, checkpoint: Checkpoint) -> tuple[Any, dict[str, Any]]:

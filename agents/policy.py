@@ -139,6 +139,15 @@ class ResidualSolverPolicy(ActorCriticPolicy):
         assert isinstance(trunk, nn.Module)
         return [*trunk.parameters(), *self.action_net.parameters()]
 
+    def strengthen(self, factor: float) -> None:
+        """Multiply the correction; at 0 the policy is the solver."""
+        head = self.action_net
+        assert isinstance(head, _Head)
+        with torch.no_grad():
+            for layer in (head.dense, head.prices):
+                layer.weight.mul_(factor)
+                layer.bias.mul_(factor)
+
     def _build_mlp_extractor(self) -> None:
         self.mlp_extractor = _Trunk(  # type: ignore[assignment]  # same interface, other inside
             self.features_dim, len(self._demand), self._width

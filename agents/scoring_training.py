@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from agents.controllers import Solver
 from agents.hindsight import HindsightSettings, Learner, gather_lessons
 from agents.scoring import PlanEncoder, ScoringActor, ScoringPolicy, scoring_controller
-from agents.training import mean_cost
+from agents.validation import Judge, overall
+from env.conditions import Conditions
 from env.predict import CostModel
 from env.scenario import Scenario
 from env.simulator import Simulator
@@ -45,8 +45,8 @@ class ScoringSettings:
         rates: Arrival rates, as fractions of the best static plan's capacity.
         speed: Each node is made faster or slower by up to this factor, in every round anew.
         bandwidth: Range of the factors on the hops' bandwidth, likewise.
-        strengths: Factors on what was learned that are tried in the end; the one that validates
-            best is kept (at 0 the policy is the solver).
+        strengths: Factors on what was learned that are tried in the end, beside 0 and 1; the one
+            that validates best is kept (at 0 the policy is the solver).
         validate_every: Rounds between two validations.
         validation_envs: Environments per validated system.
         validation_intervals: Their length.
@@ -54,7 +54,7 @@ class ScoringSettings:
     """
 
     hindsight: HindsightSettings = field(
-        default_factory=lambda: HindsightSettings(rounds=240, n_envs=48, memory=120)
+        default_factory=lambda: HindsightSettings(rounds=240, n_envs=48, memory=120, epochs=4)
     )
     width: int = 32
     tau: float = 0.05
@@ -143,7 +143,16 @@ def train_for_all(
     encoder = PlanEncoder(CostModel(profiles[0], scenarios[0]))
     scorer = Scorer(encoder.view_size, encoder.n_plan_features, settings.width, settings.tau)
     learner = Learner(list(scorer.parameters()), scorer, lessons, settings.seed)
-    judge = _Judge(validation, settings)
+    fractions = np.linspace(*settings.rates, settings.validation_envs)
+    simulators = {
+        str(i): Simulator(m, len(fractions), VALIDATION_SEED, rate_rps=fractions * m.capacity_rps)
+        for i, m in enumerate(validation)
+    }
+    judge = Judge(simulators, VALIDATION_SEED, settings.validation_intervals)
+
+    def judged(arrays: dict[str, F32]) -> float:
+        return overall(judge.ratios(scoring_controller(ScoringPolicy(arrays, {}))))
+
     history: list[tuple[int, float]] = []
     shuffled: list[int] = []
 
@@ -169,18 +178,21 @@ def train_for_all(
         model = CostModel(profile, scenario)
         rate = rng.uniform(*settings.rates, lessons.n_envs) * model.capacity_rps
         actor = ScoringActor(model, scorer.arrays())
-        learner.learn(gather_lessons(model, actor, rate, int(rng.integers(2**62)), lessons))
+        seed = int(rng.integers(2**62))
+        conditions = Conditions(model.scenario, rate, seed)
+        learner.learn(gather_lessons(model, actor, conditions, seed, lessons))
         if done % settings.validate_every == 0 or done == rounds:
-            ratio = judge.ratio(scorer.arrays())
+            ratio = judged(scorer.arrays())
             history.append((done, ratio))
             if ratio <= min(r for _, r in history):
                 best = policy()
                 keep(best)
         report(done, rounds, ratio)
-    ratio = min(r for _, r in history)
-    chosen = 1.0
+    ratio, chosen = min(r for _, r in history), 1.0
+    if ratio >= 1.0:
+        ratio, chosen = 1.0, 0.0  # the solver
     for strength in settings.strengths:
-        tried = judge.ratio(strengthened(best.arrays, strength))
+        tried = judged(strengthened(best.arrays, strength))
         if tried < ratio:
             ratio, chosen = tried, strength
     metadata = {**policy().metadata, "strength": chosen, "validated": ratio}
@@ -190,26 +202,3 @@ def train_for_all(
 def strengthened(arrays: dict[str, F32], factor: float) -> dict[str, F32]:
     """The network with its score multiplied."""
     return {**arrays, "w3": arrays["w3"] * np.float32(factor)}
-
-
-class _Judge:
-    """Cost against the solver's on the validation systems, each rate and system counting alike."""
-
-    def __init__(self, systems: Sequence[CostModel], settings: ScoringSettings) -> None:
-        self._steps = settings.validation_intervals
-        fractions = np.linspace(*settings.rates, settings.validation_envs)
-        self._simulators = [
-            Simulator(m, len(fractions), VALIDATION_SEED, rate_rps=fractions * m.capacity_rps)
-            for m in systems
-        ]
-        self._solver = [
-            mean_cost(Solver(), s, VALIDATION_SEED, self._steps) for s in self._simulators
-        ]
-
-    def ratio(self, arrays: dict[str, F32]) -> float:
-        controller = scoring_controller(ScoringPolicy(arrays, {}))
-        ratios = [
-            float(np.mean(mean_cost(controller, simulator, VALIDATION_SEED, self._steps) / solver))
-            for simulator, solver in zip(self._simulators, self._solver, strict=True)
-        ]
-        return float(np.mean(ratios))

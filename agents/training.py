@@ -1,10 +1,15 @@
-"""Training in the calibrated simulator: lessons in hindsight, then PPO; the best is kept."""
+"""Training in the calibrated simulator: lessons in hindsight, then PPO; the best is kept.
+
+Both learn from a mixture of conditions (`env.mixture`), and what is kept is chosen on another draw
+of it: the weights that validate best, their correction as strong as validates best. At strength 0 a
+policy is the solver, so none is kept that loses to it there.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +21,21 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import HParam
 
-from agents.controllers import Controller, Solver
 from agents.hindsight import HindsightSettings, learn_from_hindsight
 from agents.policy import ResidualSolverPolicy, export_arrays, policy_kwargs
 from agents.resume import ResumePoint
 from agents.runtime import Checkpoint, PolicyController
-from env.cost import Cost
+from agents.validation import Judge, overall, rank
+from env.mixture import MixedConditions, Mixture
 from env.predict import CostModel
 from env.simulator import Simulator
 from env.vector import SimulatorVecEnv
 
-__all__ = ["TrainingResult", "TrainingSettings", "mean_cost", "train_policy"]
+__all__ = ["TrainingResult", "TrainingSettings", "train_policy"]
 
 VALIDATION_SEED = 7_000_000
 # (phase, done, total, best cost ratio to the solver so far)
 Report = Callable[[str, int, int, float], None]
-F64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -53,14 +57,17 @@ class TrainingSettings:
         tau: Temperature of the solver's prior.
         width: Hidden width.
         rates: Arrival rates trained on, as fractions of the best static plan's capacity.
+        mixture: Conditions trained on.
+        strengths: Factors on what was learned that are tried in the end, beside 0 and 1.
         seed: Everything drawn depends on it.
         validate_every: Steps between two validations against the solver.
-        validation_envs: Environments of a validation.
+        validation_envs: Environments of a validation, under the scenario's own conditions and
+            as many under varied ones.
         threads: Torch threads of the updates (1.2 x faster with 2 than with 1 on 2 cores).
     """
 
     hindsight: HindsightSettings = field(default_factory=HindsightSettings)
-    steps: int = 400_000
+    steps: int = 150_000
     n_envs: int = 256
     copies: int = 8
     rollout: int = 32
@@ -73,8 +80,10 @@ class TrainingSettings:
     tau: float = 0.05
     width: int = 64
     rates: tuple[float, float] = (0.3, 1.2)
+    mixture: Mixture = field(default_factory=Mixture)
+    strengths: tuple[float, ...] = (0.25, 0.5, 0.75)
     seed: int = 0
-    validate_every: int = 200_000
+    validate_every: int = 75_000
     validation_envs: int = 192
     threads: int = 2
 
@@ -86,7 +95,7 @@ class TrainingResult:
     Attributes:
         ppo: The SB3 model holding the chosen weights.
         checkpoint: The same for the runtime.
-        validation: (steps, cost ratio to the solver) of each validation.
+        validation: (steps, cost ratio to the solver, mean of all parts) of each validation.
         steps_per_s: PPO's environment steps per second, updates included.
     """
 
@@ -94,22 +103,6 @@ class TrainingResult:
     checkpoint: Checkpoint
     validation: list[tuple[int, float]]
     steps_per_s: float
-
-
-def mean_cost(controller: Controller, simulator: Simulator, seed: int, steps: int) -> F64:
-    """Mean cost per step and environment of a controller on the conditions `seed` names, [B]."""
-    model = simulator.model
-    cost = Cost(model.profile, model.references, model.scenario)
-    state, last = simulator.reset(seed), None
-    controller.reset(model, state.batch)
-    total = np.zeros(state.batch)
-    for _ in range(steps):
-        decision = controller.decide(state, last)
-        last = simulator.step(decision.cuts, decision.probe_bytes)
-        state = last.state
-        total += cost(last.record, simulator.n_ref)
-    total += cost(simulator.drain(), simulator.n_ref)
-    return total / steps
 
 
 class GroupBaselineBuffer(RolloutBuffer):
@@ -148,29 +141,47 @@ class _Validation(BaseCallback):
     ) -> None:
         super().__init__()
         self.cost_model, self.settings, self.report = model, settings, report
-        low, high = settings.rates
-        rates = np.linspace(low, high, settings.validation_envs) * model.capacity_rps
-        self.simulator = Simulator(model, settings.validation_envs, VALIDATION_SEED, rate_rps=rates)
-        self.steps = min(100, model.scenario.steps_per_episode)
-        self.solver_cost = mean_cost(Solver(), self.simulator, VALIDATION_SEED, self.steps)
+        self.judge = _judge(model, settings)
         self.history: list[tuple[int, float]] = []
-        self.best = float("inf")
+        self.best: dict[str, float] = {}
         self.best_weights: dict[str, torch.Tensor] = {}
         self._next = 0
 
     def validate(self) -> None:
         """Compare with the solver on common random numbers; keep the weights if they are best."""
+        ratios = self._ratios()
+        self.history.append((self.num_timesteps, overall(ratios)))
+        self.logger.record("eval/cost_ratio_to_solver", overall(ratios))
+        for part, ratio in ratios.items():
+            self.logger.record(f"eval/cost_ratio_to_solver_{part}", ratio)
+        if not self.best or rank(ratios) < rank(self.best):
+            self.best = ratios
+            self.best_weights = {k: v.clone() for k, v in self.model.policy.state_dict().items()}
+
+    def choose(self) -> float:
+        """Leave the policy with the best weights at the strength that validates best.
+
+        Returns the strength; with 0, should nothing else be as good, the policy is the solver.
+        """
+        policy, chosen = self.model.policy, 1.0
+        assert isinstance(policy, ResidualSolverPolicy)
+        solver = dict.fromkeys(self.best, 1.0)
+        if rank(solver) <= rank(self.best):
+            self.best, chosen = solver, 0.0
+        for strength in self.settings.strengths:
+            policy.load_state_dict(self.best_weights)
+            policy.strengthen(strength)
+            ratios = self._ratios()
+            if rank(ratios) < rank(self.best):
+                self.best, chosen = ratios, strength
+        policy.load_state_dict(self.best_weights)
+        policy.strengthen(chosen)
+        return chosen
+
+    def _ratios(self) -> dict[str, float]:
         policy = self.model.policy
         assert isinstance(policy, ResidualSolverPolicy)
-        controller = PolicyController(to_checkpoint(self.cost_model, policy, {}))
-        cost = mean_cost(controller, self.simulator, VALIDATION_SEED, self.steps)
-        # Each rate counts the same: the mean of ratios, not the ratio of means.
-        ratio = float(np.mean(cost / self.solver_cost))
-        self.history.append((self.num_timesteps, ratio))
-        self.logger.record("eval/cost_ratio_to_solver", ratio)
-        if ratio < self.best:
-            self.best = ratio
-            self.best_weights = {k: v.clone() for k, v in policy.state_dict().items()}
+        return self.judge.ratios(PolicyController(to_checkpoint(self.cost_model, policy, {})))
 
     def state(self) -> dict[str, Any]:
         """What an interrupted training needs of this, as plain values and tensors."""
@@ -202,10 +213,24 @@ class _Validation(BaseCallback):
         if self.num_timesteps >= self._next:
             self._next = self.num_timesteps + self.settings.validate_every
             self.validate()
-        self.report("PPO", self.num_timesteps, self.settings.steps, self.best)
+        best = overall(self.best) if self.best else float("inf")
+        self.report("PPO", self.num_timesteps, self.settings.steps, best)
 
     def _on_step(self) -> bool:
         return True
+
+
+def _judge(model: CostModel, settings: TrainingSettings) -> Judge:
+    """Validates under the scenario's own conditions, and under varied ones."""
+    count = settings.validation_envs
+    rates = np.linspace(*settings.rates, count) * model.capacity_rps
+    varied = replace(settings.mixture, own_share=0.0)
+    conditions = MixedConditions(model, varied, settings.rates, count, VALIDATION_SEED)
+    simulators = {
+        "own": Simulator(model, count, VALIDATION_SEED, rate_rps=rates),
+        "varied": Simulator(varied.system(model), count, VALIDATION_SEED, conditions=conditions),
+    }
+    return Judge(simulators, VALIDATION_SEED, min(100, model.scenario.steps_per_episode))
 
 
 def to_checkpoint(
@@ -239,12 +264,11 @@ def train_policy(
         resume: Where to save what an interrupted training needs; if that was loaded, go on there.
     """
     torch.manual_seed(settings.seed)
+    conditions = MixedConditions(
+        model, settings.mixture, settings.rates, settings.n_envs, settings.seed, settings.copies
+    )
     env = SimulatorVecEnv(
-        model,
-        settings.n_envs,
-        seed=settings.seed,
-        rate_fraction=settings.rates,
-        copies=settings.copies,
+        settings.mixture.system(model), settings.n_envs, seed=settings.seed, conditions=conditions
     )
 
     def learning_rate(remaining: float) -> float:
@@ -262,7 +286,7 @@ def train_policy(
         ent_coef=settings.entropy,
         max_grad_norm=0.5,
         rollout_buffer_class=GroupBaselineBuffer,
-        rollout_buffer_kwargs={"copies": env.copies},
+        rollout_buffer_kwargs={"copies": settings.copies},
         policy_kwargs=policy_kwargs(model, settings.tau, settings.width),
         seed=settings.seed,
         tensorboard_log=str(log_dir) if log_dir else None,
@@ -276,6 +300,7 @@ def train_policy(
         learn_from_hindsight(
             ppo.policy,
             model,
+            settings.mixture,
             settings.rates,
             settings.seed,
             settings.hindsight,
@@ -297,10 +322,10 @@ def train_policy(
         reset_num_timesteps=saved is None,
     )
     validation.validate()
+    strength = validation.choose()
     ended = time.monotonic()
     elapsed = ended - started + (resume.elapsed_s if resume else 0.0)
     torch.set_num_threads(1)
-    ppo.policy.load_state_dict(validation.best_weights)
     policy = ppo.policy
     assert isinstance(policy, ResidualSolverPolicy)
     metadata = {
@@ -308,6 +333,7 @@ def train_policy(
             **asdict(settings),
             "steps_done": ppo.num_timesteps,
             "seconds": round(elapsed, 1),
+            "strength": strength,
             "validation_cost_ratio_to_solver": validation.best,
         }
     }

@@ -19,7 +19,7 @@ from agents.compare import paired_ratio
 from agents.controllers import Controller, Solver
 from agents.runtime import Checkpoint, PolicyController
 from agents.scoring import ScoringPolicy, scoring_controller
-from agents.training import mean_cost
+from agents.validation import mean_cost
 from env.predict import CostModel
 from env.scenario import NodeSetup, Scenario
 from env.simulator import Simulator

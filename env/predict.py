@@ -26,7 +26,7 @@ from executor.profile import Profile
 if TYPE_CHECKING:
     from env.state import SystemState
 
-__all__ = ["CostModel", "PlanTable", "Prediction", "station_seconds"]
+__all__ = ["CostModel", "PlanTable", "Prediction", "station_seconds", "usual_conditions"]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -52,6 +52,13 @@ def station_seconds(
     backlog_s[1::2, :, 0] = hop_backlog_bytes.T
     backlog_s *= unit_s
     return unit_s, backlog_s
+
+
+def usual_conditions(scenario: Scenario) -> tuple[F64, F64]:
+    """Nodes' speeds (1 - load) [N] and hops' bytes/s [H] that a capacity is reckoned with."""
+    speed = np.array([1.0 - process_mean(n.load, "load") for n in scenario.nodes])
+    mbps = np.array([typical_mbps(h.bandwidth) for h in scenario.hops])
+    return speed, mbps * BYTES_PER_S_PER_MBPS
 
 
 class PlanTable:
@@ -138,7 +145,8 @@ class CostModel:
         self._usable: dict[bytes, Mask] = {}
         self.horizon_s = horizon_intervals * max(scenario.interval_s, LEAST_INTERVAL_S)
         self._lay_out(profile)
-        self.capacity_rps = self._capacity()
+        speed, bytes_per_s = usual_conditions(scenario)
+        self.capacity_rps = float(self.capacity_at(speed[None], bytes_per_s[None])[0])
 
     def _lay_out(self, profile: Profile) -> None:
         """Constants per plan and station (node 0, hop 0, node 1, ...: as requests meet them)."""
@@ -170,14 +178,18 @@ class CostModel:
         # Batches are worked in pieces whose arrays stay in the processor's cache.
         self._piece = max(1, CACHED_NUMBERS // (n_stations * n_plans))
 
-    def _capacity(self) -> float:
-        """Capacity of the best static plan at the scenario's usual conditions, requests/s."""
-        speed = np.array([1.0 - process_mean(n.load, "load") for n in self.scenario.nodes])
-        rate = np.array([typical_mbps(h.bandwidth) for h in self.scenario.hops])
-        seconds = np.empty((len(self.plans), len(self.demand)))
-        seconds[:, 0::2] = self.table.work_s / speed
-        seconds[:, 1::2] = self.table.hop_bytes / (rate * BYTES_PER_S_PER_MBPS)
-        return float(1.0 / seconds.max(axis=1).min())
+    def capacity_at(self, speed: F64, bytes_per_s: F64) -> F64:
+        """Capacity of the best static plan, requests/s, [B], at constant conditions.
+
+        Args:
+            speed: [B, N] 1 - load.
+            bytes_per_s: [B, H] bandwidth.
+        """
+        seconds = np.empty((len(speed), len(self.plans), len(self.demand)))
+        seconds[:, :, 0::2] = self.table.work_s / speed[:, None]
+        seconds[:, :, 1::2] = self.table.hop_bytes / bytes_per_s[:, None]
+        capacity: F64 = 1.0 / seconds.max(axis=2).min(axis=1)
+        return capacity
 
     def rate_rps(self) -> float:
         """The scenario's mean arrival rate, requests/s."""

@@ -159,6 +159,8 @@ class Simulator:
             rng = np.random.default_rng([seed, 2])
             self.set_rates(rng.uniform(*self._rate_range, size=self.batch))
         self._conditions.reset(seed)
+        if not isinstance(self._conditions, SharedConditions):
+            self._play(self._conditions)  # the seed may name other rates
         self._empty()
         self.time_s = 0.0
         self._last: IntervalConditions | None = None

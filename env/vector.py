@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
+from env.conditions import ConditionsSource
 from env.cost import Cost
 from env.offloading import observation_space
 from env.predict import CostModel
@@ -43,6 +44,8 @@ class SimulatorVecEnv(VecEnv):
             number, a range drawn from uniformly per environment and episode, a callable that draws
             [B] values, or None for the scenario's rate.
         copies: So many neighbouring environments share their conditions and rate.
+        conditions: Where conditions and rates come from, in place of the scenario, `rate_fraction`
+            and `copies`.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class SimulatorVecEnv(VecEnv):
         seed: int = 0,
         rate_fraction: RateFraction | None = None,
         copies: int = 1,
+        conditions: ConditionsSource | None = None,
     ) -> None:
         self.model = model
         self.encoder = Encoder(model)
@@ -61,7 +65,9 @@ class SimulatorVecEnv(VecEnv):
         self._fraction = rate_fraction
         self._rng = np.random.default_rng(seed)
         rate = self._draw_rates(n_envs)
-        self.simulator = Simulator(model, n_envs, self._next_seed(), rate_rps=rate, copies=copies)
+        self.simulator = Simulator(
+            model, n_envs, self._next_seed(), rate_rps=rate, copies=copies, conditions=conditions
+        )
         self._episode_steps = model.scenario.steps_per_episode
         self._empty_infos: list[dict[str, Any]] = [{} for _ in range(n_envs)]
         self._not_done, self._done = np.zeros(n_envs, bool), np.ones(n_envs, bool)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from agents import deploy, evaluate
 from agents.cli import run_command
 from agents.resume import FILE_NAME
 from agents.runtime import Checkpoint
+from executor.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 
@@ -89,6 +91,26 @@ def test_train_leaves_policy_curves_and_nothing_else(trained: Path) -> None:
     assert len(list((trained / "runs").rglob("events.out.tfevents.*"))) >= 2
 
 
+def test_train_goes_on_from_a_saved_profile_without_nodes(trained: Path, tmp_path: Path) -> None:
+    profile = trained / "alexnet" / "profile.json"
+    args = [
+        "--model", "alexnet", "--profile", str(profile), "--rounds", "0", "--steps", "8192",
+        "--checkpoint", str(tmp_path / "alexnet"), "--runs", str(tmp_path / "runs"),
+    ]  # fmt: skip
+    before = children_of_tests()
+    assert train.main(args) == 0
+    assert children_of_tests() <= before
+    checkpoint = Checkpoint.load(tmp_path / "alexnet", "alexnet")
+    assert (tmp_path / "alexnet" / "profile.json").read_bytes() == profile.read_bytes()
+    assert "finetuning" not in checkpoint.metadata and "policy" in checkpoint.metadata["simulator"]
+    with zipfile.ZipFile(tmp_path / "alexnet" / "policy.zip") as archive:
+        assert not any(str(tmp_path).encode() in archive.read(n) for n in archive.namelist())
+    assert not (tmp_path / "alexnet" / FILE_NAME).exists()
+    args[1] = "vgg16"
+    with pytest.raises(ConfigError, match="is of alexnet, not vgg16"):
+        train.main(args)
+
+
 def test_deploy_serves_with_the_policy(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "summary.json"
     before = children_of_tests()
@@ -152,6 +174,7 @@ BAD = [
     (train.main, ["--model", "lenet"], "unknown model 'lenet'"),
     (train.main, ["--steps", "-3"], "at least 1"),
     (train.main, ["--online-steps", "-1"], "--online-steps"),
+    (train.main, ["--profile", "p.json", "--cluster", "c.toml"], "without nodes"),
     (train.main, ["--scenario", "/nowhere.toml"], "cannot read scenario"),
     (deploy.main, ["--checkpoint", "/nowhere"], "python train.py --model alexnet"),
     (deploy.main, ["--controller", "oracle"], "invalid choice"),

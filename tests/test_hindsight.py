@@ -16,9 +16,11 @@ from agents.hindsight import (
 )
 from agents.policy import ResidualSolverPolicy, export_arrays, policy_kwargs
 from agents.runtime import PolicyController, PolicyNetwork, ResidualActor
-from agents.training import mean_cost, to_checkpoint
+from agents.training import to_checkpoint
+from agents.validation import mean_cost
 from env.conditions import Conditions
 from env.cost import Cost
+from env.mixture import Mixture
 from env.predict import CostModel
 from env.scenario import Scenario
 from env.simulator import Simulator
@@ -92,7 +94,8 @@ def test_a_trial_costs_what_living_it_costs(model: CostModel) -> None:
 def test_lessons_are_centred_distinct_and_repeatable(model: CostModel) -> None:
     actor = ResidualActor(model, PolicyNetwork(export_arrays(new_policy(model))))
     rates = np.full(SMALL.n_envs, 0.8) * model.capacity_rps
-    a, b = (gather_lessons(model, actor, rates, 3, SMALL) for _ in range(2))
+    conditions = [Conditions(model.scenario, rates, 3) for _ in range(2)]
+    a, b = (gather_lessons(model, actor, c, 3, SMALL) for c in conditions)
     assert a.inputs[1].shape == (24, 6) and a.inputs[0].shape[0] == 24
     assert all(len(set(row)) == 6 for row in a.inputs[1].tolist())
     assert np.allclose(a.advantages.mean(axis=1), 0.0, atol=1e-5)
@@ -114,7 +117,9 @@ def test_learning_recovers_from_a_bad_start(model: CostModel) -> None:
     pushed = cost()
     settings = replace(SMALL, rounds=4, n_envs=24, intervals=18, learning_rate=3e-2)
     done: list[int] = []
-    losses = learn_from_hindsight(policy, model, (fraction, fraction), 0, settings, done.append)
+    losses = learn_from_hindsight(
+        policy, model, Mixture(own_share=1.0), (fraction, fraction), 0, settings, done.append
+    )
     assert done == [1, 2, 3, 4] and len(losses) == 4
     assert pushed > 1.2 * good, (pushed, good)
     assert cost() < good + 0.4 * (pushed - good), (cost(), pushed, good)

@@ -13,7 +13,7 @@ from agents.controllers import Solver
 from agents.hindsight import HindsightSettings
 from agents.scoring import PlanEncoder, ScoringActor, ScoringPolicy, scoring_controller
 from agents.scoring_training import Scorer, ScoringSettings, scaled, train_for_all, with_bandwidth
-from agents.training import mean_cost
+from agents.validation import mean_cost
 from env.conditions import process_mean
 from env.predict import CostModel
 from env.scenario import Scenario
@@ -119,18 +119,30 @@ def test_one_row_alone_is_scored_as_in_a_batch(model: CostModel) -> None:
 def test_lessons_from_two_models_teach_one_policy() -> None:
     models = [make_model("alexnet"), make_model("mobilenet_v2")]
     done: list[int] = []
+    kept: list[ScoringPolicy] = []
     policy = train_for_all(
         [m.profile for m in models],
         [models[0].scenario],
         models,
         SMALL,
         lambda i, total, ratio: done.append(i),
+        kept.append,
     )
     assert done == [1, 2, 3, 4]
     assert [d for d, _ in policy.metadata["validation_cost_ratio_to_solver"]] == [2, 4]
-    assert np.abs(policy.arrays["w3"]).max() > 0, "nothing was learned"
+    assert np.abs(kept[-1].arrays["w3"]).max() > 0, "nothing was learned"
+    strength = np.float32(policy.metadata["strength"])
+    assert np.array_equal(policy.arrays["w3"], kept[-1].arrays["w3"] * strength)
     again = train_for_all([m.profile for m in models], [models[0].scenario], models, SMALL)
     assert all(np.array_equal(policy.arrays[k], again.arrays[k]) for k in policy.arrays)
+
+
+def test_one_policy_that_loses_to_the_solver_is_not_kept(model: CostModel) -> None:
+    ruined = replace(SMALL, hindsight=replace(SMALL.hindsight, learning_rate=10.0))
+    policy = train_for_all([model.profile], [model.scenario], [model], ruined)
+    found = policy.metadata["validation_cost_ratio_to_solver"]
+    assert min(ratio for _, ratio in found) > 1.0, "nothing was ruined"
+    assert policy.metadata["validated"] <= 1.0 and policy.metadata["strength"] < 1.0
 
 
 def test_a_node_can_be_made_slower(model: CostModel) -> None:
