@@ -36,7 +36,7 @@ from executor.testbed import Testbed
 SHARE = 0.8
 PERIOD_S = 1.0
 # From its first sample on a process is given so long to settle; shorter lives say nothing.
-SETTLE_S = 20.0
+SETTLE_S = 30.0
 MAX_GROWN_MIB = 50.0
 MAX_GROWN_FILES = 16
 
