@@ -30,6 +30,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from agents.cli import numbers
 from executor.arguments import Parser
 from executor.errors import SplitpilotError
 from executor.files import write_json
@@ -371,10 +372,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     console = Console(width=100)
     try:
-        rates = [float(rate) for rate in args.mbps.split(",")]
-    except ValueError:
-        parser.error(f"--mbps: expected numbers like 5,20, got {args.mbps!r}")
-    try:
+        rates = numbers("--mbps", args.mbps, "rates", "5,20")
         check_isolation(args.isolation, testbed=True)
         if args.estimates:
             found = [estimates(args.isolation, by) for by in ("frames", "probes")]
