@@ -125,25 +125,30 @@ class Load(threading.Thread):
             time.sleep(0.05)
 
     def first(
-        self, since_s: float, timeout_s: float, wanted: Callable[[Ticket], bool]
-    ) -> tuple[float, Ticket | None]:
-        """The first such completion after `since_s`, and how long after; infinite if none came."""
-        deadline_s = time.monotonic() + timeout_s
+        self,
+        since_s: float,
+        timeout_s: float,
+        asks: Callable[[Ticket], bool],
+        serves: Callable[[Ticket], bool],
+    ) -> tuple[float | None, Ticket | None]:
+        """The first completion that `serves`, of a request that `asks`.
+
+        Returns:
+            Seconds from `since_s`, or from when the first request that asks came, if later;
+            infinite if none was served within `timeout_s`, None if none asked. And the request.
+        """
+        deadline_s = since_s + timeout_s
         while True:
-            late = time.monotonic() > deadline_s
-            found = min(
-                (
-                    t
-                    for t in tuple(self.tickets)
-                    if t.ended_s >= since_s and t.end == "completed" and wanted(t)
-                ),
-                key=lambda t: t.ended_s,
-                default=None,
-            )
-            if found is not None:
-                return found.ended_s - since_s, found
-            if late:
-                return float("inf"), None
+            asking = [t for t in tuple(self.tickets) if t.ended_s >= since_s and asks(t)]
+            if asking:
+                asked_s = max(since_s, min(t.submitted_s for t in asking))
+                deadline_s = asked_s + timeout_s
+                served = [t for t in asking if t.end == "completed" and serves(t)]
+                if served:
+                    first = min(served, key=lambda t: t.ended_s)
+                    return first.ended_s - asked_s, first
+            if time.monotonic() > deadline_s:
+                return float("inf") if asking else None, None
             time.sleep(0.01)
 
 
@@ -210,7 +215,7 @@ class Outcome:
             was under way) to the first completion that went around it; None where that has no
             meaning.
         normal_s: From its end (or the first such request after it) to the first completion, at the
-            first try, that crossed what was broken; None where that has no meaning.
+            first try, that crossed what was broken; None likewise.
         plan: The plan that went around.
         normal_plan: The plan of the first completion as asked.
         note: What else was seen.
@@ -237,7 +242,15 @@ def inject(fault: Fault, ground: Ground, load: Load, start_s: float) -> Outcome:
         struck_s = time.monotonic()
         outcome.at_s = struck_s - start_s
         if hop is not None and fault.fast:
-            outcome.around_s, outcome.plan = _around(hop, load, struck_s, fault.wait_s)
+            outcome.around_s, first = load.first(
+                struck_s,
+                fault.wait_s,
+                # One that had crossed it already says nothing.
+                lambda t: _crosses(t, hop, load) and (t.end != "completed" or t.avoided(hop)),
+                lambda t: t.avoided(hop),
+            )
+            record = first.record if first is not None else None
+            outcome.plan = record.plan if record is not None else None
         time.sleep(max(0.0, struck_s + hold_s - time.monotonic()))
         if fault.name.startswith("other weights"):
             refused = ground.client.counts.refused_nodes - refused_before
@@ -254,40 +267,19 @@ def inject(fault: Fault, ground: Ground, load: Load, start_s: float) -> Outcome:
     mended_s = time.monotonic()
     outcome.held_s = mended_s - struck_s
     if hop is not None:
-        seconds, first = load.first(
+        outcome.normal_s, first = load.first(
             mended_s,
             NORMAL_TIMEOUT_S,
-            lambda t: t.submitted_s >= mended_s and _as_asked(t) and not t.avoided(hop),
+            lambda t: t.submitted_s >= mended_s and _crosses(t, hop, load),
+            lambda t: _as_asked(t) and not t.avoided(hop),
         )
-        outcome.normal_s = seconds - _idle_s(hop, load, mended_s, in_flight=False)
         outcome.normal_plan = first.plan.cuts if first is not None else None
     return outcome
 
 
-def _idle_s(hop: int, load: Load, since_s: float, in_flight: bool) -> float:
-    """How long after a moment there was no request that wanted to cross a hop."""
-    starts = [
-        max(ticket.submitted_s, since_s)
-        for ticket in tuple(load.tickets)
-        if ticket.plan.last_node(load.n_units) > hop
-        and ticket.ended_s >= since_s
-        and (in_flight or ticket.submitted_s >= since_s)
-    ]
-    return min(starts, default=since_s) - since_s
-
-
-def _around(
-    hop: int, load: Load, struck_s: float, wait_s: float
-) -> tuple[float, tuple[int, ...] | None]:
-    """Time to the first completion around a hop of a request that wanted to cross it."""
-
-    def wanted(ticket: Ticket) -> bool:
-        asked = ticket.plan.last_node(load.n_units) > hop
-        return asked and ticket.avoided(hop)
-
-    seconds, first = load.first(struck_s, wait_s, wanted)
-    seconds -= _idle_s(hop, load, struck_s, in_flight=True)
-    return seconds, first.record.plan if first is not None and first.record else None
+def _crosses(ticket: Ticket, hop: int, load: Load) -> bool:
+    """Whether a request wants to cross a hop."""
+    return ticket.plan.last_node(load.n_units) > hop
 
 
 def _as_asked(ticket: Ticket) -> bool:
