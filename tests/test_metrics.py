@@ -157,7 +157,8 @@ def test_a_node_counts_what_it_did(nodes: list[Scrape]) -> None:
     assert edge.value("node_draining", node="edge") == 0
     assert edge.value("node_hop_backlog_bytes", node="edge", to="cloud") == 0
     assert edge.value("node_hop_probe_bytes_total", node="edge", to="cloud") == 60_000
-    assert edge.value("node_hop_rtt_seconds", node="edge", to="cloud") > 0
+    # Known, but on loopback it lies within the error of the clocks' comparison, and may be 0.
+    assert edge.value("node_hop_rtt_seconds", node="edge", to="cloud") >= 0
     assert edge.value("node_peer_heartbeat_age_seconds", node="edge", peer="next") < 60
     energy = [v for (name, _), v in edge.samples.items() if "energy_joules_total" in name]
     assert len(energy) == 1 and energy[0] > 0
