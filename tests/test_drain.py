@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 import torch
 import zmq
+from local_nodes import free_ports
 from prometheus_client.parser import text_string_to_metric_families
-from test_metrics import free_ports, get
+from test_metrics import get
 
 from executor._compute import FairQueue, Job, Outcome
 from executor._nodecore import CoreConfig

@@ -7,7 +7,8 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
-from test_nodes import MODEL, N, free_ports, nothing_is_left_behind, one_thread
+from local_nodes import free_ports, nothing_is_left_behind, one_thread
+from test_nodes import MODEL, N
 
 from executor import chaos
 from executor._chaos import FAULTS

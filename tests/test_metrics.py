@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import zmq
+from local_nodes import free_ports
 from prometheus_client.parser import text_string_to_metric_families
 from test_dashboard import Feed, get
 
@@ -38,14 +39,6 @@ N = 21
 SUFFIXES = {
     "gauge": ("",), "counter": ("_total",), "histogram": ("_bucket", "_count", "_sum"),
 }  # fmt: skip
-
-
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in sockets]
 
 
 class Scrape:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import zmq
+from local_nodes import free_ports, local_nodes, nothing_is_left_behind, one_thread
 
 from executor.client import Client
 from executor.cluster import Cluster, NodeConfig
@@ -27,22 +28,16 @@ from executor.errors import (
 )
 from executor.keys import make_key
 from executor.model import build_chain, sample_input
-from executor.node import Node, main
+from executor.node import main
 from executor.plan import Plan
 from executor.wire import Header, Kind, array_body, decode_json, pack, parse
+
+__all__ = ["nothing_is_left_behind", "one_thread"]  # fixtures that hold here
 
 MODEL = "mobilenet_v2"
 N = 21
 ROOT = Path(__file__).resolve().parent.parent
 PLANS = [(10, 19), (0, 0), (0, N), (N, N), (3, 3), (0, 7), (5, N), (1, 2), (20, 20)]
-
-
-def free_ports(count):
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
 
 
 def make_cluster(names, **settings):
@@ -58,40 +53,6 @@ def start(cluster, role, path, stdin=subprocess.PIPE):
     return subprocess.Popen(
         args, cwd=ROOT, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-
-
-@contextmanager
-def local_nodes(cluster, ratio=None, clusters=None):
-    """The cluster's nodes as threads of this process."""
-    with ExitStack() as stack:
-        nodes = []
-        for index, config in enumerate(cluster.nodes):
-            node = Node(clusters[index] if clusters else cluster, config.name, ratio=ratio)
-            stack.callback(node.close)
-            thread = threading.Thread(target=node.serve)
-            thread.start()
-            stack.callback(thread.join)
-            stack.callback(node.stop)
-            nodes.append(node)
-        yield nodes
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left_behind():
-    def threads():
-        return {t for t in threading.enumerate() if "Garbage" not in type(t).__name__}
-
-    before = threads()
-    yield
-    assert threads() <= before
 
 
 @pytest.fixture(scope="module")

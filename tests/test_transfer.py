@@ -1,13 +1,13 @@
 """fp16 and int8 between real nodes, and what profile, solver and simulator make of them."""
 
 import json
-import threading
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from local_nodes import local_nodes, one_thread
 from toy_chain import SPEC, constant_scenario, random_cuts, toy_profile, toy_scenario
 
 from agents import deploy, evaluate
@@ -27,10 +27,11 @@ from executor.cluster import Cluster, NodeConfig
 from executor.codec import Affine, as_float32, encode
 from executor.errors import ConfigError, HandshakeError, ProfileError, RequestError
 from executor.model import build_chain, sample_input
-from executor.node import Node
 from executor.plan import Plan
 from executor.ports import reserve_port
 from executor.profile import Conversion, Profile
+
+__all__ = ["one_thread"]  # a fixture that holds here
 
 NET = """
 import torch
@@ -58,14 +59,6 @@ NAMES = ("edge", "fog", "cloud")
 FLOAT, HALF, BYTE = "float32", "fp16", "int8"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "small.py"
@@ -88,22 +81,6 @@ def make_cluster(model, forms):
     return Cluster(model, "none", nodes, threads=1)
 
 
-@contextmanager
-def running(cluster, clusters=None):
-    """The cluster's nodes as threads of this process."""
-    with ExitStack() as stack:
-        nodes = []
-        for index, config in enumerate(cluster.nodes):
-            node = Node(clusters[index] if clusters else cluster, config.name)
-            stack.callback(node.close)
-            thread = threading.Thread(target=node.serve)
-            thread.start()
-            stack.callback(thread.join)
-            stack.callback(node.stop)
-            nodes.append(node)
-        yield nodes
-
-
 def quantised(chain, x, cuts, forms):
     """The output of a plan, computed here: what crosses a hop is encoded once, where it is made."""
     n, y = chain.spec.n_units, x.numpy()
@@ -121,7 +98,7 @@ def test_nodes_compute_what_the_encoded_activations_give(model, chain, forms):
     x = sample_input(3, chain.spec.input_shape)
     plain = chain.run(x, 0, n)
     cluster = make_cluster(model, forms)
-    with running(cluster), Client(cluster) as client:
+    with local_nodes(cluster), Client(cluster) as client:
         client.connect()
         assert [node["transfer"] for node in client.nodes] == [*forms, FLOAT]
         differs = 0
@@ -146,7 +123,7 @@ def test_nodes_compute_what_the_encoded_activations_give(model, chain, forms):
 def test_a_running_chain_s_profile_has_what_conversions_take(model, chain):
     n, x = chain.spec.n_units, sample_input(0, chain.spec.input_shape)
     cluster = make_cluster(model, (BYTE, HALF))
-    with running(cluster) as nodes, Client(cluster) as client:
+    with local_nodes(cluster) as nodes, Client(cluster) as client:
         client.connect()
         for k in range(3):
             unit_s, conversions = client.profile_times(k, 2)
@@ -165,7 +142,7 @@ def test_a_running_chain_s_profile_has_what_conversions_take(model, chain):
 
 def test_a_chain_without_transfers_is_profiled_as_ever(model):
     cluster = make_cluster(model, (FLOAT, FLOAT))
-    with running(cluster), Client(cluster) as client:
+    with local_nodes(cluster), Client(cluster) as client:
         client.connect()
         assert client.profile_times(1, 1)[1] == ()
 
@@ -173,10 +150,10 @@ def test_a_chain_without_transfers_is_profiled_as_ever(model):
 def test_another_setting_on_a_node_or_a_node_that_reads_no_int8_fails_the_handshake(model):
     cluster = make_cluster(model, (BYTE, FLOAT))
     plain = replace(cluster, nodes=tuple(replace(n, transfer=FLOAT) for n in cluster.nodes))
-    with running(plain), Client(cluster) as client:
+    with local_nodes(plain), Client(cluster) as client:
         with pytest.raises(HandshakeError, match="node edge: expected transfer 'int8', got 'floa"):
             client.connect()
-    with running(cluster, [cluster, cluster, cluster]) as nodes:
+    with local_nodes(cluster) as nodes:
         with Client(plain) as client, pytest.raises(HandshakeError, match="got 'int8'"):
             client.connect()
         for key in ("transfer", "reads"):  # as a version before transfers

@@ -1,0 +1,52 @@
+"""Nodes of a cluster as threads of the test's process, and free ports for them."""
+
+import socket
+import threading
+from contextlib import ExitStack, contextmanager
+
+import pytest
+import torch
+
+from executor.node import Node
+
+
+def free_ports(count):
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+@contextmanager
+def local_nodes(cluster, ratio=None, clusters=None):
+    """The cluster's nodes as threads of this process."""
+    with ExitStack() as stack:
+        nodes = []
+        for index, config in enumerate(cluster.nodes):
+            node = Node(clusters[index] if clusters else cluster, config.name, ratio=ratio)
+            stack.callback(node.close)
+            thread = threading.Thread(target=node.serve)
+            thread.start()
+            stack.callback(thread.join)
+            stack.callback(node.stop)
+            nodes.append(node)
+        yield nodes
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind():
+    def threads():
+        return {t for t in threading.enumerate() if "Garbage" not in type(t).__name__}
+
+    before = threads()
+    yield
+    assert threads() <= before
