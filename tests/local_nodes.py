@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import time
 from contextlib import ExitStack, contextmanager
 
 import pytest
@@ -32,6 +33,13 @@ def local_nodes(cluster, ratio=None, clusters=None):
             stack.callback(node.stop)
             nodes.append(node)
         yield nodes
+
+
+def until(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @pytest.fixture(autouse=True, scope="module")

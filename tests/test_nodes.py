@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import zmq
-from local_nodes import free_ports, local_nodes, nothing_is_left_behind, one_thread
+from local_nodes import free_ports, local_nodes, nothing_is_left_behind, one_thread, until
 
 from executor.client import Client
 from executor.cluster import Cluster, NodeConfig
@@ -107,13 +107,6 @@ def stranger(cluster):
             raise AssertionError(f"no {kind.name} in 10 s")
 
         yield dealer, answer
-
-
-def until(condition):
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_the_handshake_tells_what_runs_where(client, chain):
