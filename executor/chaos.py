@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -418,6 +418,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of faults and load")
     parser.add_argument("--json", type=Path, help="write the report here")
     parser.add_argument("--direct", action="store_true", help="add a direct link edge - cloud")
+    parser.add_argument(
+        "--ratios",
+        type=float,
+        nargs=len(NODES),
+        metavar=tuple(node.name.upper() for node in NODES),
+        default=[node.ratio for node in NODES],
+        help="how many times slower than a core of this machine each node is (default: "
+        f"{' '.join(f'{node.ratio:g}' for node in NODES)})",
+    )
     parser.add_argument("--faults", help="only these, comma-separated: 'kill fog,cut hop 1'")
     add_isolation_argument(parser)
     args = parser.parse_args(argv)
@@ -427,6 +436,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"--minutes must be positive, got {args.minutes}")
         check_isolation(args.isolation, testbed=True)
         faults = _chosen(args.faults)
+        nodes = [replace(n, ratio=ratio) for n, ratio in zip(NODES, args.ratios, strict=True)]
         report = run(
             args.model,
             args.minutes,
@@ -434,6 +444,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             direct=args.direct,
             isolation=args.isolation,
             faults=faults,
+            nodes=nodes,
             console=console,
         )
         if args.json:
