@@ -1,0 +1,47 @@
+"""A node's compute: the same bits wherever in a frame the input lies."""
+
+import numpy as np
+import pytest
+import torch
+from local_nodes import one_thread
+from torch import nn
+
+from executor._compute import Computer, FairQueue, Job
+from executor.model import UnitChain
+from executor.pacing import Pacer
+from executor.plan import ModelSpec
+from executor.wire import Header, Kind
+
+__all__ = ["one_thread"]  # a fixture that holds here
+
+WIDE, NARROW = 100, 10
+SPEC = ModelSpec(
+    "linear",
+    ("flatten", "head"),
+    (4 * WIDE, 4 * WIDE, 4 * NARROW),
+    (False, True),
+    1,
+    (1, 1),
+    (1, WIDE),
+)
+
+
+@pytest.mark.parametrize("offset", [1, 4, 8, 60])
+def test_an_input_gives_the_same_bits_at_every_place_in_a_frame(offset):
+    torch.manual_seed(0)
+    layer = nn.Linear(WIDE, NARROW).eval()
+    queue = FairQueue(4)
+    chain = UnitChain(SPEC, [nn.Flatten(1), layer], [False, False], "0" * 16)
+    computer = Computer(chain, Pacer(), queue, torch.device("cpu"))
+    header = Header(Kind.INFER, dtype="float32", shape=(1, WIDE), body_bytes=4 * WIDE)
+    inputs = np.random.default_rng(0).standard_normal((50, 1, WIDE)).astype(np.float32)
+    for x in inputs:
+        frame = np.empty(x.nbytes + 128, np.uint8)
+        begin = -frame.ctypes.data % 64 + offset
+        frame[begin : begin + x.nbytes] = np.frombuffer(x.tobytes(), np.uint8)
+        body = memoryview(frame.data)[begin : begin + x.nbytes]
+        outcome = computer.run(Job(header, body, 1, 2))
+        with torch.inference_mode():
+            expected = layer(torch.from_numpy(x).clone()).numpy()
+        assert not outcome.error
+        assert np.array_equal(outcome.output, expected)
