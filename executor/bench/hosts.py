@@ -95,6 +95,7 @@ def _host(system: System, place: Place, pipe: Connection, inherited: list[Connec
     """The life of a node's process: commands come over the pipe, and each is answered."""
     for other in inherited:
         other.close()
+    assert system.serve is not None
     torch.set_num_threads(1)
     node: Serving | None = None
     with contextlib.suppress(EOFError, OSError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -11,7 +12,7 @@ from typing import Any
 
 from executor.bench.cases import Case
 from executor.bench.hosts import BenchError, Host, Report
-from executor.bench.systems import Link, Place, Serving, System
+from executor.bench.systems import Asked, Link, OwnNodes, Place, Serving, System
 from executor.bench.wire_floor import Sink, Wire
 from executor.ports import reserve_port
 from executor.testbed import Relay
@@ -107,7 +108,7 @@ class Running:
     """All nodes of a case, and the links to them. A context manager."""
 
     def __init__(self, case: Case, systems: list[System]) -> None:
-        self.hosts: dict[str, list[Host]] = {}
+        self.hosts: dict[str, Sequence[Asked]] = {}
         self.links: dict[str, Link] = {}
         self._stack = ExitStack()
         try:
@@ -129,13 +130,15 @@ class Running:
             for system in [*systems, _WIRE]:
                 listens, store = clients[system.name]
                 dials = relay.get(system.name, listens)
-                self.hosts[system.name] = []
-                for index in range(case.n_nodes if system is not _WIRE else 1):
+                mine: list[Host] = []
+                n_hosts = 1 if system is _WIRE else case.n_nodes if system.serve else 0
+                for index in range(n_hosts):
                     place = _place(case, index, listens, dials, store)
                     host = Host(system, place, every)
                     self._stack.callback(host.close)
-                    self.hosts[system.name].append(host)
+                    mine.append(host)
                     every.append(host)
+                self.hosts[system.name] = mine
             for system in [*systems, _WIRE]:
                 listens, store = clients[system.name]
                 place = _place(case, -1, listens, relay.get(system.name, listens), store)
@@ -169,6 +172,8 @@ class Running:
         link = system.dial(place)
         self._stack.callback(link.close)
         self.links[system.name] = link
+        if isinstance(link, OwnNodes):
+            self.hosts[system.name] = link.nodes
         if system.together:
             for host in hosts:
                 host.answer()
@@ -252,7 +257,7 @@ def _wire_s(case: Case, wire: Wire) -> float:
 
 
 def _stream(
-    case: Case, hosts: list[Host], link: Link, in_flight: int, system: SystemResult
+    case: Case, hosts: Sequence[Asked], link: Link, in_flight: int, system: SystemResult
 ) -> None:
     """Throughput with so many in flight."""
     n = _STREAM_REQUESTS + 2 * in_flight  # full from the first completions to the last
@@ -267,7 +272,7 @@ def _stream(
     system.bound_rps.setdefault(in_flight, []).append(min(1 / max(means), cores / sum(means)))
 
 
-def drain(hosts: list[Host]) -> list[Report]:
+def drain(hosts: Sequence[Asked]) -> list[Report]:
     """What each node's process has to report; its stages' seconds start anew."""
     for host in hosts:
         host.ask("drain")

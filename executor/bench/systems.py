@@ -13,14 +13,23 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from executor.bench.cases import TimedChain
 from executor.plan import Plan
 
-__all__ = ["Link", "Place", "Serving", "System", "find_systems", "pump_futures"]
+__all__ = [
+    "Asked",
+    "Link",
+    "OwnNodes",
+    "Place",
+    "Serving",
+    "System",
+    "find_systems",
+    "pump_futures",
+]
 
 DEADLINE_S = 60.0
 
@@ -84,20 +93,41 @@ class Link(Protocol):
         """Disconnect."""
 
 
+class Asked(Protocol):
+    """What runs a node, asked for its `hosts.Report`."""
+
+    def ask(self, what: str) -> None:
+        """Send a command: "drain"."""
+
+    def answer(self, timeout_s: float = DEADLINE_S) -> Any:
+        """What it has to say to that."""
+
+
+@runtime_checkable
+class OwnNodes(Protocol):
+    """A link that started its system's nodes itself.
+
+    Attributes:
+        nodes: They, in the order of the chain.
+    """
+
+    nodes: Sequence[Asked]
+
+
 @dataclass(frozen=True)
 class System:
     """A way to run a split model.
 
     Attributes:
         name: What it is called in the report.
-        serve: Starts one node.
+        serve: Starts one node; None where the link starts them (`OwnNodes`).
         dial: Connects a client.
         together: Whether nodes and client only come up together; else the last node starts first.
         unshaped: Why it cannot run over shaped hops; empty if it can.
     """
 
     name: str
-    serve: Callable[[Place], Serving]
+    serve: Callable[[Place], Serving] | None
     dial: Callable[[Place], Link]
     together: bool = False
     unshaped: str = ""
@@ -105,11 +135,11 @@ class System:
 
 def find_systems() -> tuple[dict[str, System], dict[str, str]]:
     """Those that can run here by name, this executor first; and why the others cannot."""
-    from executor.bench import grpc_peer, ours, pickle_peer, rpc_peer
+    from executor.bench import grpc_peer, ours, pickle_peer, ray_peer, rpc_peer
 
     found: dict[str, System] = {}
     missing: dict[str, str] = {}
-    for module in (ours, rpc_peer, grpc_peer, pickle_peer):
+    for module in (ours, rpc_peer, grpc_peer, pickle_peer, ray_peer):
         reason = module.missing()
         if reason:
             missing[module.SYSTEM.name] = reason
