@@ -185,8 +185,8 @@ class Fault:
 
     Attributes:
         name: What it is called.
-        hop: The hop of the chain that requests cannot cross meanwhile; None where they can (and
-            nothing has to recover).
+        hop: The hop of the chain that requests cannot cross meanwhile; None where they can, or
+            where, the edge being away, there is no way around.
         inject: A context: entering breaks something, leaving mends it. Leaving returns when the
             node serves again.
         seconds: Least and most seconds it lasts.
@@ -266,14 +266,14 @@ def inject(fault: Fault, ground: Ground, load: Load, start_s: float) -> Outcome:
                 outcome.problems.append(f"a node with other weights was used {len(used)} times")
     mended_s = time.monotonic()
     outcome.held_s = mended_s - struck_s
-    if hop is not None:
-        outcome.normal_s, first = load.first(
-            mended_s,
-            NORMAL_TIMEOUT_S,
-            lambda t: t.submitted_s >= mended_s and _crosses(t, hop, load),
-            lambda t: _as_asked(t) and not t.avoided(hop),
-        )
-        outcome.normal_plan = first.plan.cuts if first is not None else None
+    # After every fault, so that none is charged with what the one before it left waiting.
+    outcome.normal_s, first = load.first(
+        mended_s,
+        NORMAL_TIMEOUT_S,
+        lambda t: t.submitted_s >= mended_s and (hop is None or _crosses(t, hop, load)),
+        lambda t: _as_asked(t) and (hop is None or not t.avoided(hop)),
+    )
+    outcome.normal_plan = first.plan.cuts if first is not None else None
     return outcome
 
 

@@ -116,7 +116,7 @@ class Report:
         for raw, outcome in zip(values["outcomes"], self.outcomes, strict=True):
             raw["around_excess_s"] = self.around_excess_s(outcome)
             raw["normal_excess_s"] = self.normal_excess_s(outcome)
-        names = {fault.name for fault in FAULTS if fault.fast}
+        names = {fault.name for fault in FAULTS if fault.fast and fault.hop is not None}
         fast = [outcome for outcome in self.outcomes if outcome.name in names]
         values["recovery"] = {
             "around_excess_s": _percentiles([self.around_excess_s(o) for o in fast]),
