@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -70,7 +71,13 @@ def compare(model: str, rounds: int) -> None:
 class WholeModel(UnitChain):
     """A chain of one unit that is the whole model."""
 
-    def run(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    def run(
+        self,
+        x: torch.Tensor,
+        start: int,
+        stop: int,
+        is_wanted: Callable[[], bool] | None = None,
+    ) -> torch.Tensor:
         """All of it."""
         with torch.inference_mode():
             y: torch.Tensor = self.units[0](x)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from executor._fairness import FairBuffer
 from executor.codec import Affine, as_float32, encode, form_of
-from executor.errors import SplitpilotError
+from executor.errors import SplitpilotError, StageAbandoned
 from executor.model import UnitChain
 from executor.pacing import Pacer
 from executor.profile import Conversion
@@ -30,7 +30,7 @@ _SHORT_S = 0.0005
 _ALIGN_BYTES, _ALIGNED_BYTES = 64, 128 * 1024
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Job:
     """A stage to run, or a profile to take (`profile_repeats` set).
 
@@ -41,6 +41,8 @@ class Job:
         stop: One past the last unit; `start` where the input only is to be encoded for the hop.
         profile_repeats: Timed passes per unit; 0 for a stage.
         choose: Gives another `stop` when the stage's turn has come (late binding).
+        abandoned: Set, from any thread, when nobody wants the output any more: a stage under way
+            ends before its next unit.
     """
 
     header: Header
@@ -49,11 +51,12 @@ class Job:
     stop: int = 0
     profile_repeats: int = 0
     choose: Callable[[], int] | None = None
+    abandoned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a job: an output, unit times, or the reason it failed.
+    """What became of a job: an output, unit times, or the reason it failed; none if abandoned.
 
     `stop` is one past the last unit that was run, which a job may choose late. An output that goes
     on over the hop is in the form that it crosses in.
@@ -201,6 +204,8 @@ class Computer:
         self._current = (job, started_s)
         try:
             return self._profile(job) if job.profile_repeats else self._stage(job)
+        except StageAbandoned:
+            return Outcome(job, started_s, time.monotonic())
         except SplitpilotError as error:
             return Outcome(job, started_s, time.monotonic(), error=str(error))
         except Exception as error:
@@ -262,16 +267,19 @@ class Computer:
             now_s = time.monotonic()
             return Outcome(job, now_s, now_s, output=given, stop=stop)
 
+        def is_wanted() -> bool:
+            return not job.abandoned
+
         def compute() -> NDArray[np.generic] | Affine:
             array = as_float32(given)
             if stop > job.start:
                 x = _aligned(torch.from_numpy(array)).to(self._device)
-                y = self._chain.run(x, job.start, stop)
+                y = self._chain.run(x, job.start, stop, is_wanted)
                 array = y.cpu().contiguous().numpy()
             return encode(array, transfer)
 
         start_s = time.monotonic()
-        output, work_s = self._pacer.run(compute)
+        output, work_s = self._pacer.run(compute, is_wanted)
         end_s = time.monotonic()
         self.estimate.learn_stage(job.start, stop, work_s)
         return Outcome(job, start_s, end_s, work_s, output, stop=stop)

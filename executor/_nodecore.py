@@ -5,7 +5,8 @@ The loop in `executor.node` feeds frames and outcomes in, and sends what the cor
 way back of each request, and no plan: every frame carries its own.
 
 A request that comes twice is computed once. A later try (`Header.tries`) replaces an earlier one:
-what queues for that is dropped, and a stage under way is used if both want the same one.
+what queues for that is dropped, and a stage under way is used if both want the same one and given
+up before its next unit if they do not.
 """
 
 from __future__ import annotations
@@ -295,7 +296,7 @@ class NodeCore:
                 self.duplicates += 1
                 way.job = old.job
             else:
-                self._jobs.discard(header.client, header.seq)
+                self._abandon(old)
         self._ways.enter(way)
         choose = chooser(header.late, k, self.hop, start, stop)
         if start == stop and choose is not None:  # what is only relayed has its turn now
@@ -307,6 +308,12 @@ class NodeCore:
         elif way.job is None:
             way.job = Job(header, body, start, stop, choose=choose)
             self._enqueue(way.job, now_s)
+
+    def _abandon(self, way: Way) -> None:
+        """Nobody wants what is computed for a request here any more."""
+        if way.job is not None:
+            way.job.abandoned = True
+            self._jobs.discard(way.header.client, way.header.seq)
 
     def _acknowledge(self, identity: bytes, header: Header, kind: Kind, now_s: float) -> None:
         ack = header.reply(kind)
@@ -469,8 +476,7 @@ class NodeCore:
                 return  # of a try that nobody waits for any more
             identity = way.identity
             self._ways.take(header)
-            if way.job is not None:
-                self._jobs.discard(header.client, header.seq)
+            self._abandon(way)
         if identity is not None:
             self.up.append((identity, [pack(header)] if body is None else [pack(header), body]))
 

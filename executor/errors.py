@@ -51,6 +51,10 @@ class FrameDamaged(WireError):
     """A frame's checksum or length is wrong: it changed on its way, and may be sent again."""
 
 
+class StageAbandoned(SplitpilotError):
+    """A stage was not run to its end: nobody wants its output any more."""
+
+
 class RequestError(SplitpilotError):
     """One inference failed; the next one may work."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from executor._weights import digest_of, seed_weights, seeded_tensor, stored_state
-from executor.errors import ConfigError, one_line
+from executor.errors import ConfigError, StageAbandoned, one_line
 from executor.modelref import model_label
 from executor.networks import INPUT_SHAPE, Network, load_network, trained_state
 from executor.plan import ModelSpec, candidate_cuts
@@ -57,13 +57,20 @@ class UnitChain:
         self.device = torch.device("cpu")
         self._writes_input = tuple(writes_input)
 
-    def run(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    def run(
+        self,
+        x: torch.Tensor,
+        start: int,
+        stop: int,
+        is_wanted: Callable[[], bool] | None = None,
+    ) -> torch.Tensor:
         """Run units [start, stop) on x.
 
         Args:
             x: Activation at cut `start`, float32, on the chain's device. It is never modified.
             start: First unit, 0..n.
             stop: One past the last unit, start..n.
+            is_wanted: Asked before every unit; once it says no, the rest is not run.
 
         Returns:
             The activation at cut `stop`, contiguous: what crosses a cut is the same bytes whether
@@ -71,6 +78,7 @@ class UnitChain:
 
         Raises:
             ConfigError: Not 0 <= start <= stop <= n.
+            StageAbandoned: `is_wanted` said no.
         """
         if not 0 <= start <= stop <= len(self.units):
             raise ConfigError(
@@ -79,6 +87,8 @@ class UnitChain:
         y = self._enter(x) if start < stop else x
         with torch.inference_mode():
             for k, unit in self._schedule(start, stop):
+                if is_wanted is not None and not is_wanted():
+                    raise StageAbandoned(f"units [{k}, {stop}) are not wanted any more")
                 if self._writes_input[k] and _share_memory(x, y):
                     y = y.clone()
                 y = self._between(unit(y))

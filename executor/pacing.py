@@ -13,13 +13,14 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from executor.errors import ConfigError
+from executor.errors import ConfigError, StageAbandoned
 
 __all__ = ["MAX_LOAD", "LoadTrace", "Pacer", "StepTrace"]
 
 MAX_LOAD = 0.9
 """Loads are clipped to [0, MAX_LOAD]: a stage is never slower than 10 times its unloaded self."""
 
+_SLICE_S = 0.01
 OVERRUN_SLACK_S = 0.001
 OVERRUN_SLACK_SHARE = 0.05
 
@@ -198,11 +199,20 @@ class Pacer:
         self._cpu_clock = cpu_clock
         self._sleep = sleep
 
-    def run(self, fn: Callable[[], T]) -> tuple[T, float]:
+    def run(
+        self, fn: Callable[[], T], is_wanted: Callable[[], bool] | None = None
+    ) -> tuple[T, float]:
         """Run `fn`, then sleep until the emulated node would have finished it.
+
+        Args:
+            fn: The stage.
+            is_wanted: Asked again and again while it sleeps.
 
         Returns:
             What `fn` returned, and its work: the unloaded seconds it takes on the emulated node.
+
+        Raises:
+            StageAbandoned: `is_wanted` said no.
         """
         start_s = self._clock()
         cpu_start_s = self._cpu_clock()
@@ -217,6 +227,10 @@ class Pacer:
         late_s = now_s - deadline_s
         if late_s > OVERRUN_SLACK_S + OVERRUN_SLACK_SHARE * (deadline_s - start_s):
             self.overruns += 1
-        elif late_s < 0:
+        elif late_s < 0 and is_wanted is None:
             self._sleep(-late_s)
+        while is_wanted is not None and (left_s := deadline_s - self._clock()) > 0:
+            if not is_wanted():
+                raise StageAbandoned("its output is not wanted any more")
+            self._sleep(min(left_s, _SLICE_S))
         return result, work_s

@@ -1,4 +1,4 @@
-"""A node's compute: the same bits wherever in a frame the input lies."""
+"""A node's compute: the same bits wherever in a frame the input lies; no more than is wanted."""
 
 import numpy as np
 import pytest
@@ -26,13 +26,16 @@ SPEC = ModelSpec(
 )
 
 
+def computer_of(*units):
+    chain = UnitChain(SPEC, list(units), [False, False], "0" * 16)
+    return Computer(chain, Pacer(), FairQueue(4), torch.device("cpu"))
+
+
 @pytest.mark.parametrize("offset", [1, 4, 8, 60])
 def test_an_input_gives_the_same_bits_at_every_place_in_a_frame(offset):
     torch.manual_seed(0)
     layer = nn.Linear(WIDE, NARROW).eval()
-    queue = FairQueue(4)
-    chain = UnitChain(SPEC, [nn.Flatten(1), layer], [False, False], "0" * 16)
-    computer = Computer(chain, Pacer(), queue, torch.device("cpu"))
+    computer = computer_of(nn.Flatten(1), layer)
     header = Header(Kind.INFER, dtype="float32", shape=(1, WIDE), body_bytes=4 * WIDE)
     inputs = np.random.default_rng(0).standard_normal((50, 1, WIDE)).astype(np.float32)
     for x in inputs:
@@ -45,3 +48,22 @@ def test_an_input_gives_the_same_bits_at_every_place_in_a_frame(offset):
             expected = layer(torch.from_numpy(x).clone()).numpy()
         assert not outcome.error
         assert np.array_equal(outcome.output, expected)
+
+
+def test_a_stage_that_nobody_wants_ends_before_its_next_unit():
+    ran = []
+
+    class Unit(nn.Module):
+        def forward(self, x):
+            ran.append(self)
+            job.abandoned = len(ran) == 1
+            return x + 1
+
+    computer = computer_of(Unit(), Unit())
+    x = np.zeros((1, WIDE), np.float32)
+    header = Header(Kind.INFER, dtype="float32", shape=x.shape, body_bytes=x.nbytes)
+    job = Job(header, memoryview(x.tobytes()), 0, 2)
+    outcome = computer.run(job)
+    assert len(ran) == 1 and outcome.output is None and not outcome.error
+    job = Job(header, memoryview(x.tobytes()), 0, 2)
+    assert np.array_equal(computer.run(job).output, x + 2) and len(ran) == 3

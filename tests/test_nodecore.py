@@ -215,13 +215,13 @@ def test_a_request_that_comes_twice_is_computed_once():
     # The second try wants the same stage here, and another one after it.
     header.tries, header.cuts = 2, (0, 21)
     node.on_upstream(b"again", [pack(header), body], 0.2)
-    assert len(queue) == 1  # units 0..21 are another stage: what runs is of no use
+    assert len(queue) == 1 and taken.abandoned  # units 0..21 are another stage
     node.on_outcome(Outcome(taken, 0.0, 1.0, 1.0, np.ones(3, np.float32)), 1.0)
     assert not node.hop.outbox
     second = queue.get()
     header.tries = 3
     node.on_upstream(b"third", [pack(header), body], 1.1)
-    assert len(queue) == 0 and node.duplicates == 2
+    assert len(queue) == 0 and node.duplicates == 2 and not second.abandoned
     node.on_outcome(Outcome(second, 1.0, 2.0, 1.0, np.ones((1, 1000), np.float32)), 2.0)
     identity, parts = node.up[-1]
     assert identity == b"third" and parse(parts).header.tries == 3

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from executor._compute import WorkEstimate
 from executor._load import HostLoad
-from executor.errors import ConfigError
+from executor.errors import ConfigError, StageAbandoned
 from executor.pacing import MAX_LOAD, LoadTrace, Pacer, StepTrace
 
 VALUES = st.lists(st.one_of(st.just(0.0), st.floats(0.001, 1e8)), min_size=1, max_size=20)
@@ -155,6 +155,16 @@ def test_load_stretches_a_stage_but_not_its_work():
     assert world.now_s == pytest.approx(54.0 + 2.0)  # ends before the load comes
     pacer.run(lambda: world.compute(0.5))
     assert world.now_s == pytest.approx(56.0 + 20.0)
+
+
+def test_a_stage_that_nobody_wants_any_more_is_not_slept_out():
+    world = VirtualTime()
+    pacer = world.pacer(4.0)
+    assert pacer.run(lambda: world.compute(0.5), lambda: True) == (None, pytest.approx(2.0))
+    assert world.now_s == pytest.approx(52.0)
+    with pytest.raises(StageAbandoned):
+        pacer.run(lambda: world.compute(0.5), lambda: world.now_s < 53.0)
+    assert world.now_s == pytest.approx(53.0, abs=0.02)
 
 
 def test_overruns_are_counted_beyond_the_slack():

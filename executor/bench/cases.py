@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -31,10 +32,16 @@ class TimedChain(UnitChain):
 
     taken_s: list[float]
 
-    def run(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    def run(
+        self,
+        x: torch.Tensor,
+        start: int,
+        stop: int,
+        is_wanted: Callable[[], bool] | None = None,
+    ) -> torch.Tensor:
         """As `UnitChain.run`."""
         begun_s = time.monotonic()
-        y = super().run(x, start, stop)
+        y = super().run(x, start, stop, is_wanted)
         self.taken_s.append(time.monotonic() - begun_s)
         return y
 
