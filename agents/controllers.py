@@ -216,6 +216,12 @@ def _predictive(context: ArmContext) -> Controller:
     return Predictive()
 
 
+def _mpc(context: ArmContext) -> Controller:
+    from agents.mpc import ModelPredictive
+
+    return ModelPredictive()
+
+
 def _paper(name: str, every: int | None, constrained: bool) -> Callable[[ArmContext], Controller]:
     def make(context: ArmContext) -> Controller:
         from agents.paper import Paper, PaperSettings
@@ -271,6 +277,7 @@ ARMS: dict[str, Callable[[ArmContext], Controller]] = {
     "paper-1s-constrained": _paper("paper-1s-constrained", None, True),
     "solver": lambda context: Solver(),
     "predictive": _predictive,
+    "mpc": _mpc,
     "linucb": _linucb,
     "policy-zeroed": _policy(True),
     "policy": _policy(False),

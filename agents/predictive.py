@@ -22,9 +22,10 @@ from env.state import SystemState, idle_probes
 if TYPE_CHECKING:
     from env.system import StepResult
 
-__all__ = ["Forecast", "Predictive", "PredictiveSettings"]
+__all__ = ["Forecast", "Forecaster", "Predictive", "PredictiveSettings"]
 
 F64 = NDArray[np.float64]
+MAX_LOAD = 0.9
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,57 @@ class Forecast:
         return expected
 
 
+class Forecaster:
+    """Tells what the measured state will be.
+
+    Args:
+        settings: How much of the past it believes.
+        interval_s: Between two states.
+    """
+
+    def __init__(self, settings: PredictiveSettings, interval_s: float) -> None:
+        self._settings, self._dt_s = settings, interval_s
+        self._held: F64 | None = None
+        self._forecasts: tuple[Forecast, Forecast, Forecast] | None = None
+
+    def observe(self, state: SystemState) -> None:
+        """Another state, an interval after the one before."""
+        settings, dt = self._settings, self._dt_s
+        rate = np.maximum(state.bytes_per_s, 1.0)
+        if self._held is not None:
+            rate = np.maximum(rate, self._held * settings.fall**-dt)
+        self._held = rate
+        self._values = (
+            np.log(rate),
+            state.node_load,
+            np.log(np.maximum(state.arrival_rps, 1e-3)),
+        )
+        if self._forecasts is None:
+            times = settings.bandwidth_s, settings.load_s, settings.arrivals_s
+            bandwidth, load, arrivals = (
+                Forecast(v, s, settings.memory_s) for v, s in zip(self._values, times, strict=True)
+            )
+            self._forecasts = bandwidth, load, arrivals
+        for forecast, value in zip(self._forecasts, self._values, strict=True):
+            forecast.observe(value, dt)
+
+    def expected(self, state: SystemState, ahead_s: float) -> SystemState:
+        """The state last observed, with what is expected `ahead_s` later; queues as they are."""
+        assert self._forecasts is not None
+        bandwidth, load, arrivals = self._forecasts
+        rate, share, rps = self._values
+        return replace(
+            state,
+            bytes_per_s=np.exp(bandwidth.at(rate, state.bandwidth_age_s + ahead_s)),
+            node_load=np.clip(load.at(share, ahead_s), 0.0, MAX_LOAD),
+            arrival_rps=np.exp(arrivals.at(rps, ahead_s)),
+        )
+
+
 class Predictive:
-    """The candidate whose predicted cost is lowest under the forecast; probes as the solver does.
+    """The candidate whose predicted cost is lowest in the middle of the coming interval.
+
+    Probes as the solver does.
 
     Args:
         settings: Of the forecast.
@@ -89,35 +139,19 @@ class Predictive:
     def reset(self, model: CostModel, batch: int) -> None:
         """Forget the past."""
         self._model = model
-        self._held: F64 | None = None
-        self._forecasts: tuple[Forecast, Forecast, Forecast] | None = None
+        self._forecaster = Forecaster(self.settings, model.scenario.interval_s)
 
     def decide(self, state: SystemState, last: StepResult | None = None) -> Decision:
-        """The cheapest candidate per environment under the forecast."""
-        best = self._model.predict(self.forecast(state)).cost.argmin(axis=1)
-        return Decision(self._model.table.cuts[best], idle_probes(state, self._model.scenario))
+        """The cheapest usable candidate per environment under the forecast."""
+        model = self._model
+        cost = model.predict(self.forecast(state)).cost
+        usable = model.usable(state)
+        if usable is not None:
+            cost = np.where(usable, cost, np.inf)
+        best = cost.argmin(axis=1)
+        return Decision(model.table.cuts[best], idle_probes(state, model.scenario))
 
     def forecast(self, state: SystemState) -> SystemState:
         """The state with what is expected in the middle of the coming interval."""
-        settings, dt = self.settings, self._model.scenario.interval_s
-        rate = np.maximum(state.bytes_per_s, 1.0)
-        if self._held is not None:
-            rate = np.maximum(rate, self._held * settings.fall**-dt)
-        self._held = rate
-        values = np.log(rate), state.node_load, np.log(np.maximum(state.arrival_rps, 1e-3))
-        if self._forecasts is None:
-            times = settings.bandwidth_s, settings.load_s, settings.arrivals_s
-            bandwidth, load, arrivals = (
-                Forecast(v, s, settings.memory_s) for v, s in zip(values, times, strict=True)
-            )
-            self._forecasts = bandwidth, load, arrivals
-        for forecast, value in zip(self._forecasts, values, strict=True):
-            forecast.observe(value, dt)
-        bandwidth, load, arrivals = self._forecasts
-        half = 0.5 * dt
-        return replace(
-            state,
-            bytes_per_s=np.exp(bandwidth.at(values[0], state.bandwidth_age_s + half)),
-            node_load=np.clip(load.at(values[1], half), 0.0, 0.9),
-            arrival_rps=np.exp(arrivals.at(values[2], half)),
-        )
+        self._forecaster.observe(state)
+        return self._forecaster.expected(state, 0.5 * self._model.scenario.interval_s)

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 F64 = NDArray[np.float64]
-OTHERS = ("paper", "paper-1s", "solver", "predictive", "linucb")
+OTHERS = ("paper", "paper-1s", "solver", "predictive", "mpc", "linucb")
 SUBJECTS = ("policy", "policy-all", "guarded")
 RESAMPLES = 4000
 
