@@ -22,7 +22,7 @@ __all__ = ["Branches"]
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 
-AHEAD_INTERVALS = 8  # a run-out sees so many intervals' conditions; then the last is held
+AHEAD_INTERVALS = 12  # a run-out sees so many intervals' means; then the mean of those is held
 CHUNK = 4096  # branches simulated at once: their arrays stay in the processor's cache
 
 
@@ -40,11 +40,14 @@ class Branches:
         self._simulator = Simulator(model, tape.batch, 0, conditions=tape.play())
         run_out_s = DRAIN_DEADLINES * model.references.deadline_s
         ahead = min(AHEAD_INTERVALS, int(run_out_s / model.scenario.interval_s - 1e-9))
+        means = [interval.mean() for interval in tape.intervals]
         last = tape.intervals[-1].held()
-        self._after = [
-            IntervalConditions.joined(tape.intervals[t : t + ahead] or (last,))
-            for t in range(1, len(tape) + 1)
-        ]
+        self._after = []
+        for t in range(1, len(tape) + 1):
+            coming = means[t : t + ahead]
+            # A moment's outage must not be held for ever; but at the end that is what counts.
+            held = last if t + ahead >= len(tape) else IntervalConditions.joined(coming).mean()
+            self._after.append(IntervalConditions.joined([*coming, held]))
         self._start = self._simulator.snapshot()
 
     def start(self, owner: I64) -> Snapshot:
@@ -86,37 +89,59 @@ class Branches:
         """
         n, simulator = len(parent), self._simulator
         spent, open_ = np.zeros(n), np.zeros(n)
-        after = self._after[t + len(cuts) - 1]
+        after, interval_s = self._after[t + len(cuts) - 1], self.model.scenario.interval_s
         for i in range(0, n, CHUNK):
             part = slice(i, min(n, i + CHUNK))
             simulator.restore(snapshot, parent[part], self.tape.play(owner[part], t))
             for plans in cuts:
                 spent[part] += self._charge(simulator.step(plans[part]))
-            open_[part] = self._charge(simulator.run_out(after.take(owner[part])))
+            open_[part] = self._charge(simulator.run_out(after.take(owner[part]), interval_s))
         return spent, open_
 
     def open_cost(self, snapshot: Snapshot, owner: I64) -> F64:
         """Cost of running out what is open after the last interval; as `spend`'s second."""
         simulator = self._simulator
         simulator.restore(snapshot, np.arange(snapshot.batch), self.tape.play(owner))
-        return self._charge(simulator.run_out(self._after[-1].take(owner)))
+        return self._charge(simulator.run_out(self._after[-1].take(owner), None))
 
-    def total(self, cuts: I64, startup: int, probes: F64 | None = None) -> F64:
-        """Cost [B] from interval `startup` on, what is open at the end included.
+    def total(
+        self, cuts: I64, startup: int, probes: F64 | None = None, owner: I64 | None = None
+    ) -> F64:
+        """Cost [n] from interval `startup` on, what is open at the end included.
 
         Args:
-            cuts: [T, B, H] of every interval.
+            cuts: [T, n, H] of every interval.
             startup: The first interval that counts.
-            probes: [T, B, H] bytes, or None.
+            probes: [T, n, H] bytes, or None.
+            owner: [n] environments of the tape; all, in order, when None.
         """
         simulator = self._simulator
-        everybody = np.arange(self.tape.batch)
-        total = np.zeros(self.tape.batch)
-        simulator.restore(self._start, everybody, self.tape.play())
-        for t in range(len(self.tape)):
-            spent = self._charge(simulator.step(cuts[t], None if probes is None else probes[t]))
-            total += spent if t >= startup else 0.0
-        return total + self._charge(simulator.drain_completed())
+        owner = np.arange(self.tape.batch) if owner is None else owner
+        total = np.zeros(len(owner))
+        for i in range(0, len(owner), CHUNK):
+            part = slice(i, min(len(owner), i + CHUNK))
+            simulator.restore(self._start, owner[part], self.tape.play(owner[part]))
+            for t in range(len(self.tape)):
+                sent = None if probes is None else probes[t, part]
+                spent = self._charge(simulator.step(cuts[t, part], sent))
+                total[part] += spent if t >= startup else 0.0
+            total[part] += self._charge(simulator.drain_completed())
+        return total
+
+    def best_held(self, plans: I64, startup: int) -> I64:
+        """Of plans [A, H], the one that costs least when held throughout, per environment [B, H].
+
+        Args:
+            plans: To choose from.
+            startup: As in `total`.
+        """
+        batch = self.tape.batch
+        owner = np.tile(np.arange(batch), len(plans))
+        cuts = np.repeat(plans, batch, axis=0)
+        every = np.broadcast_to(cuts, (len(self.tape), *cuts.shape))
+        total = self.total(every, startup, owner=owner).reshape(len(plans), batch)
+        best: I64 = plans[total.argmin(axis=0)]
+        return best
 
     def _charge(self, result: StepResult) -> F64:
         record = result.record

@@ -81,7 +81,6 @@ class Cell:
         self._seeds = range(args.first_seed, args.first_seed + args.seeds)
         self.startup = self._startup()
         length = self.startup + self.n_intervals
-        tried = len(model.plans) if "best-static" in arms else 0
         self._timed = min(self.n_intervals, TIMED_INTERVALS)
         timed = (self.startup + self._timed) * len(set(arms) - {"oracle"})
         timed = 0 if self._live else timed
@@ -90,7 +89,7 @@ class Cell:
         self._task = bar.add_task(
             f"{name} {self.fraction:.3g} of capacity".strip(),
             note="",
-            total=length * len(arms) * runs_per_arm + tried * runs_per_arm + timed,
+            total=length * len(arms) * runs_per_arm + timed,
         )
 
     def _advance(self) -> None:
@@ -188,7 +187,6 @@ class Cell:
                 seed=seed,
                 n_intervals=self.n_intervals,
                 startup=self.startup,
-                on_plan=self._advance,
             )
 
         return ArmContext(

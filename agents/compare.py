@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from agents.branches import Branches
 from agents.controllers import Controller, Decision, Static
 from agents.oracle import Oracle
 from agents.paper import Paper
@@ -26,7 +27,6 @@ from env.cost import Cost, IntervalRecord
 from env.predict import CostModel
 from env.simulator import Simulator
 from env.system import System
-from executor.plan import Plan
 
 __all__ = [
     "BATTERY_WH",
@@ -256,33 +256,14 @@ def startup_intervals(simulator: Simulator, seed: int) -> int:
     return t + int(np.ceil(SETTLE_S / simulator.model.scenario.interval_s))
 
 
-def best_static_cuts(
-    simulator: Simulator,
-    *,
-    seed: int,
-    n_intervals: int,
-    startup: int = 0,
-    on_plan: Callable[[], None] = lambda: None,
-) -> I64:
+def best_static_cuts(simulator: Simulator, *, seed: int, n_intervals: int, startup: int = 0) -> I64:
     """In hindsight, the candidate that costs least when held throughout; per condition, [B, H].
 
     Every candidate is run on the very conditions that `seed` names.
     """
-    model = simulator.model
-    cost = Cost(model.profile, model.references, model.scenario)
-    totals = []
-    for plan in model.plans:
-        run = run_arm(
-            simulator,
-            Static("candidate", Plan(plan.cuts)),
-            seed=seed,
-            n_intervals=n_intervals,
-            startup=startup,
-        )
-        totals.append(cost(run.spent, np.ones(run.rows)))
-        on_plan()
-    best: I64 = model.table.cuts[np.argmin(totals, axis=0)]
-    return best
+    simulator.reset(seed)
+    branches = Branches(simulator.model, simulator.record(startup + n_intervals))
+    return branches.best_held(simulator.model.table.cuts, startup)
 
 
 @functools.lru_cache(maxsize=4)

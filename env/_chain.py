@@ -97,7 +97,7 @@ class Chain:
         self.probe_limit_bytes = float(
             max(self._cut_bytes.max(), scenario.probing.paper_bytes, scenario.probing.payload_bytes)
         )
-        self._max_in_flight, self._late = scenario.max_in_flight, scenario.late_binding
+        self._max_in_flight = scenario.max_in_flight
 
     def stations(self, batch: int, timed: bool) -> list[Station]:
         """Empty stations; hops are always timed."""
@@ -112,8 +112,7 @@ class Chain:
         if self.delay_varies:
             lag = MAX_ONE_WAY_DELAY_S + float(self.overhead_s.max())
         return [
-            # A request whose late cut leaves the fog nothing to do leaves with the one before it.
-            Station(s, batch, float(bound), lag, timed or s % 2 == 1, ties=self._late)
+            Station(s, batch, float(bound), lag, timed or s % 2 == 1)
             for s, bound in enumerate(largest)
         ]
 

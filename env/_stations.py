@@ -10,7 +10,7 @@ per environment, wider than any reach, keeps the running maximum from crossing o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -142,7 +142,10 @@ class Rates:
             return time_s
         k = np.zeros(len(reach), dtype=np.int64)
         for bound in self.bounds:
-            k += reach > bound.take(env)
+            beyond = reach > bound.take(env)
+            if not beyond.any():
+                break  # the bounds rise
+            k += beyond
         cell = env * self.n_substeps + k
         time_s = (reach - self._reach.take(cell)) / self.rate.take(cell)
         time_s += k * self.substep_s
@@ -197,7 +200,6 @@ class Station:
         work_bound: More than the work of all requests that can be here in one environment.
         lag_bound_s: Arrivals lie at most this long after the interval's end.
         timed: Whether each departure's seconds in service are wanted.
-        ties: Whether requests may arrive at the same moment; they then keep the order they came in.
     """
 
     def __init__(
@@ -207,10 +209,8 @@ class Station:
         work_bound: float,
         lag_bound_s: float,
         timed: bool,
-        ties: bool = False,
     ) -> None:
         self.index, self.batch, self._timed = index, batch, timed
-        self._sort: Literal["quicksort", "stable"] = "stable" if ties else "quicksort"
         self._work_bound, self._lag_bound_s = work_bound, lag_bound_s + 1e-3
         self.clear()
 
@@ -254,7 +254,8 @@ class Station:
         # By environment, then by arrival here.
         key = env * (dt_s + self._lag_bound_s - self._oldest_s)
         key += ready
-        order = np.argsort(key, kind=self._sort)
+        # A few sorted runs, which a merge sort is quick at; ties keep the order they came in.
+        order = np.argsort(key, kind="stable")
         slot, ready, env = slot.take(order), ready.take(order), env.take(order)
         work = store.work[self.index].take(slot)
         head = _firsts(env)

@@ -79,6 +79,14 @@ class IntervalConditions:
             arrival_count=np.zeros_like(self.arrival_count),
         )
 
+    def mean(self) -> IntervalConditions:
+        """The means over the sub-steps as a single one, and no arrivals."""
+        means = {
+            name: level.mean(axis=2, keepdims=True)
+            for name, level in self._levels(lambda a: a).items()
+        }
+        return replace(self.held(), **means)
+
     @staticmethod
     def joined(intervals: Sequence[IntervalConditions]) -> IntervalConditions:
         """Intervals one after the other as sub-steps of a single one, without their arrivals."""

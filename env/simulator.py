@@ -206,7 +206,7 @@ class Simulator:
         edge = self._store.work[0].take(new.slot) >= 0.0
         route(new.slot, new.offset_s, edge, flows[0], flows[1])
         rates = self._chain.rates(conditions, self._conditions.substep_s)
-        delays = self._delays(conditions, self._dt_s)
+        delays = self._delays(conditions, self._conditions.substep_s, self._dt_s)
         completed = self._advance(rates, delays, self._dt_s, flows, record, new)
         if completed is not None and refused is not None:
             completed = join(completed, refused)
@@ -227,22 +227,23 @@ class Simulator:
             return StepResult(self._state, IntervalRecord.zeros(self.batch, self._chain.n_nodes))
         return self.run_out(self._last.held())
 
-    def run_out(self, coming: IntervalConditions) -> StepResult:
+    def run_out(self, coming: IntervalConditions, substep_s: float | None = None) -> StepResult:
         """As `drain_completed`, under other conditions than the last ones.
 
         Args:
-            coming: Bandwidth and load from now on, in sub-steps of the usual length; the last is
-                held until all is done. Arrivals in it are left out.
+            coming: Bandwidth and load from now on, in sub-steps; the last is held until all is
+                done. Arrivals in it are left out.
+            substep_s: How long a sub-step lasts; None for the usual length.
         """
         limit = DRAIN_DEADLINES * self.model.references.deadline_s
-        substep_s = self._conditions.substep_s
+        substep_s = substep_s or self._conditions.substep_s
         last_s = limit - substep_s * (coming.node_speed.shape[2] - 1)
         if last_s <= 0:
             raise ConfigError(f"a run-out lasts {limit:g} s; conditions go on for longer")
         record = IntervalRecord.zeros(self.batch, self._chain.n_nodes)
         flows: Flows = [[] for _ in self._stations]
         rates = self._chain.rates(coming, substep_s, last_s)
-        delays, none = self._delays(coming, limit), Arrivals.none(self.batch)
+        delays, none = self._delays(coming, substep_s, limit), Arrivals.none(self.batch)
         completed = self._advance(rates, delays, limit, flows, record, none)
         record.lost += self._in_flight
         if completed is not None:
@@ -365,11 +366,10 @@ class Simulator:
             store.late_cut[:, new] = tables.cut[env].T
         return Arrivals(np.arange(new.start, new.stop), env, offset, accepted), refused
 
-    def _delays(self, conditions: IntervalConditions, dt: float) -> Delays | None:
+    def _delays(self, conditions: IntervalConditions, substep_s: float, dt: float) -> Delays | None:
         """The delays of an interval of length `dt`; None where they are constant."""
         if self._pings is None:
             return None
-        substep_s = self._conditions.substep_s
         self._pings.send(conditions.hop_delay_s, substep_s, self.time_s, dt)
         return Delays(conditions.hop_delay_s, substep_s, self._due_s)
 
