@@ -15,7 +15,7 @@ twice as wide finds under 1 % less), nor a target: no controller without the fut
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,6 +38,9 @@ F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 
 PROMISING_INTERVALS = 4  # over which a plan is judged before it is tried at length
+# Of a start-up that does not count, only the queues at its end matter.
+LEAD_INTERVALS, NARROWER = 10, 8
+SURVEYED = 4  # members of a beam that are asked which plans are worth trying
 EQUAL = 1e-9  # costs this close (relative to the larger of 1 and them) are the same branch
 
 
@@ -47,26 +50,44 @@ class OracleSettings:
 
     Attributes:
         width: Sequences that the beam keeps per condition.
+        screened: So many times as many are judged at length, at each interval.
+        guided: For so many intervals, in which they follow the cheapest sequence known before,
+            and the best plan held throughout.
         penalties: The beam ranks by cost so far + (1 + penalty) x cost of running out what is
             open; each penalty chooses its share of the beam, so states with short and with long
             queues both live on.
         finalists: Best sequences per condition that local search refines (half of them after
             its first pass).
-        promising: Plans that local search tries at each interval.
+        promising: Plans that either search tries at each interval, of those there are.
         holds: For how many intervals it tries them.
         lookahead: Intervals over which a move is judged, with true arrivals.
+        survivors: So many of the moves are then judged over `long` intervals.
+        long: See `survivors`.
         sweeps: Most passes of local search.
         least_gain: It ends when a pass gains a smaller share of the cost.
     """
 
-    width: int = 48
+    width: int = 96
+    screened: int = 3
+    guided: int = 8
     penalties: tuple[float, ...] = (0.0, 1.0, 4.0)
-    finalists: int = 3
+    finalists: int = 6
     promising: int = 48
     holds: tuple[int, ...] = (1, 2, 4)
-    lookahead: int = 6
+    lookahead: int = 5
+    survivors: int = 8
+    long: int = 24
     sweeps: int = 4
     least_gain: float = 1e-3
+
+    def wider(self, factor: int) -> OracleSettings:
+        """So many times the sequences kept, the sequences refined and the plans tried."""
+        return replace(
+            self,
+            width=factor * self.width,
+            finalists=factor * self.finalists,
+            promising=factor * self.promising,
+        )
 
 
 @dataclass(frozen=True)
@@ -151,9 +172,12 @@ def search(
         pool.add(incumbent.cuts)  # who knows the future needs no probes
         if incumbent.probe_bytes is not None and incumbent.probe_bytes.any():
             pool.add(incumbent.cuts, incumbent.probe_bytes)
+    held = np.broadcast_to(pool.branches.best_held(model.table.cuts, startup), shape)
+    pool.add(held)
     search_ = _Search(model, pool, settings)
     half = max(1, settings.finalists // 2)
-    for cuts in search_.beam(pool.best(half) if incumbents else [])[: settings.finalists]:
+    guides = [*pool.best(1), held] if incumbents else [held]
+    for cuts in search_.beam(pool.best(half), guides)[: settings.finalists]:
         pool.add(cuts)
     search_.refine()
     return pool.winner()
@@ -214,44 +238,95 @@ class _Search:
     def __init__(self, model: CostModel, pool: _Pool, settings: OracleSettings) -> None:
         self._actions, self._settings = model.table.cuts, settings
         self._pool, self._branches = pool, pool.branches
-        self._batch, self._length = self._branches.tape.batch, len(self._branches.tape)
+        tape = self._branches.tape
+        self._batch, self._length = tape.batch, len(tape)
+        # Without an arrival the plan in force changes nothing.
+        self._busy = [interval.arrival_count > 0 for interval in tape.intervals]
 
-    def beam(self, rails: list[I64]) -> list[I64]:
+    def beam(self, rails: list[I64], guides: list[I64]) -> list[I64]:
         """Sequences [T, B, H] of the beam that is left at the end, the cheapest first.
 
         Args:
             rails: Sequences that stay in the beam to the end, so that leaving them is tried at
                 every interval.
+            guides: Sequences that a branch follows while it is judged at length.
         """
-        branches, actions = self._branches, self._actions
+        branches, startup = self._branches, self._pool.startup
         everybody = np.arange(self._batch)
-        rail_owner = np.tile(everybody, len(rails))
-        rail_cuts = np.concatenate(rails, axis=1) if rails else None
+        rail_owner, rail_cuts = np.tile(everybody, len(rails)), np.concatenate(rails, axis=1)
         # Members of the beam first, then the rails; both exist from the start.
         owner = np.concatenate([everybody, rail_owner])
         snapshot, spent = branches.start(owner), np.zeros(len(owner))
         parents: list[I64] = []
         played: list[I64] = []
         for t in range(self._length):
-            n, a = len(owner), len(actions)
-            parent = np.repeat(np.arange(n), a)
-            cuts = np.tile(actions, (n, 1))
-            step, rest = branches.spend(snapshot, parent, owner[parent], t, [cuts])
-            chosen = self._choose(owner[parent], spent[parent] + step, rest)
-            parent, cuts = parent[chosen], cuts[chosen]
-            if rail_cuts is not None:
-                parent = np.concatenate([parent, np.arange(n - len(rail_owner), n)])
-                cuts = np.concatenate([cuts, rail_cuts[t]])
+            members = len(owner) - len(rail_owner)
+            parent, cuts = self._grown(snapshot, owner, spent, t, guides)
+            parent = np.concatenate([parent, np.arange(members, len(owner))])
+            cuts = np.concatenate([cuts, rail_cuts[t]])
             owner = owner[parent]
             snapshot, step = branches.step(snapshot, parent, owner, t, cuts)
-            spent = spent[parent] + step
+            spent = spent[parent] + (step if t >= startup else 0.0)
             parents.append(parent)
             played.append(cuts)
         return self._unwind(owner, spent + branches.open_cost(snapshot, owner), parents, played)
 
-    def _choose(self, owner: I64, spent: F64, rest: F64) -> I64:
+    def _grown(
+        self, snapshot: Snapshot, owner: I64, spent: F64, t: int, guides: list[I64]
+    ) -> tuple[I64, I64]:
+        """The members after interval t: which each comes from [n], and its plan [n, H].
+
+        The better branches are judged a second time, at length.
+        """
+        settings, branches = self._settings, self._branches
+        width = settings.width
+        if t < self._pool.startup - LEAD_INTERVALS:
+            width //= NARROWER
+        n, actions = len(owner), self._actions
+        tried = self._worth_trying(snapshot, owner, spent, t)
+        count = np.where(self._busy[t][owner], tried.shape[1], 1)
+        parent = np.repeat(np.arange(n), count)
+        number = np.arange(len(parent)) - np.repeat(np.cumsum(count) - count, count)
+        which = tried[owner[parent], number]
+        step, rest = branches.spend(snapshot, parent, owner[parent], t, [actions[which]])
+        past = spent[parent] + step
+        keep = self._choose(owner[parent], past, rest, settings.screened * width)
+        parent, which, past, rest = parent[keep], which[keep], past[keep], rest[keep]
+        of, ahead = owner[parent], slice(t + 1, t + 1 + settings.guided)
+        if t + 1 == self._length:
+            guides = []
+        share = width // (1 + len(guides))
+        # Every way of judging errs: one sees no requests to come, the others follow poor guides.
+        kept = [self._choose(of, past, rest, share)]
+        for guide in guides:
+            plans = [actions[which], *(cuts[of] for cuts in guide[ahead])]
+            step, rest = branches.spend(snapshot, parent, of, t, plans)
+            kept.append(self._choose(of, spent[parent] + step, rest, share))
+        keep = np.unique(np.concatenate(kept))
+        return parent[keep], actions[which[keep]]
+
+    def _worth_trying(self, snapshot: Snapshot, owner: I64, spent: F64, t: int) -> I64:
+        """Indices [B, few] of the plans that do well for some members of each beam."""
+        actions, batch = self._actions, self._batch
+        few = min(self._settings.promising, len(actions))
+        if few == len(actions):
+            return np.tile(np.arange(few), (batch, 1))
+        # Who spent little so far has the longest queues; ask members all along that line.
+        order, count = np.lexsort((spent, owner)), np.bincount(owner, minlength=batch)
+        share = np.linspace(0.0, 1.0, SURVEYED)[:, None]
+        asked = order[np.cumsum(count) - count + np.round(share * (count - 1)).astype(np.int64)]
+        parent = np.repeat(asked.T.reshape(-1), len(actions))
+        plans = np.tile(actions, (batch * SURVEYED, 1))
+        step, rest = self._branches.spend(snapshot, parent, owner[parent], t, [plans])
+        above = np.full((batch, len(actions)), np.inf)
+        for penalty in self._settings.penalties:
+            score = (step + (1.0 + penalty) * rest).reshape(batch, SURVEYED, len(actions))
+            above = np.minimum(above, (score - score.min(axis=2, keepdims=True)).min(axis=1))
+        return np.argpartition(above, few - 1, axis=1)[:, :few]
+
+    def _choose(self, owner: I64, spent: F64, rest: F64, width: int) -> I64:
         """Which branches stay: per environment the cheapest by each penalty, no state twice."""
-        width = max(1, round(self._settings.width / len(self._settings.penalties)))
+        width = max(1, round(width / len(self._settings.penalties)))
         chosen: list[I64] = []
         for penalty in self._settings.penalties:
             score = spent + (1.0 + penalty) * rest
@@ -301,25 +376,60 @@ class _Search:
 
     def _sweep(self, cuts: I64, owner: I64, donors: list[I64]) -> I64:
         """One pass of local search: from every interval on, try other plans for a while."""
-        branches, n = self._branches, len(owner)
-        cuts = cuts.copy()
-        everybody = np.arange(n)
-        snapshot = branches.start(owner)
+        cuts, everybody = cuts.copy(), np.arange(len(owner))
+        snapshot = self._branches.start(owner)
         for t in range(self._length):
-            if t >= self._pool.startup:
-                tried = self._moves(snapshot, cuts, owner, t, donors)
-                parent = np.repeat(everybody, tried.shape[2])
-                plans = list(tried.reshape(len(tried), len(parent), -1))
-                spent, rest = branches.spend(snapshot, parent, owner[parent], t, plans)
-                total = (spent + rest).reshape(n, -1)
-                best = total.argmin(axis=1)
-                gain = total[:, 0] - total[everybody, best]
-                best[gain <= EQUAL * np.maximum(total[:, 0], 1.0)] = 0
-                cuts[t : t + len(tried)] = tried[:, everybody, best]
-            snapshot, _ = branches.step(snapshot, everybody, owner, t, cuts[t])
+            rows = np.flatnonzero(self._busy[t][owner])
+            if t >= self._pool.startup and len(rows):
+                better = self._improved(snapshot, cuts[:, rows], owner[rows], rows, t, donors)
+                cuts[t : t + len(better), rows] = better
+            snapshot, _ = self._branches.step(snapshot, everybody, owner, t, cuts[t])
         return cuts
 
-    def _moves(self, snapshot: Snapshot, cuts: I64, owner: I64, t: int, donors: list[I64]) -> I64:
+    def _improved(
+        self, snapshot: Snapshot, cuts: I64, owner: I64, rows: I64, t: int, donors: list[I64]
+    ) -> I64:
+        """The best found for the intervals from t on, [L, n, H], of sequences `cuts` [T, n, H].
+
+        Many moves are judged over a few intervals. Where the best of them leave other queues
+        behind than changing nothing does, these are judged again over many.
+        """
+        settings, each = self._settings, np.arange(len(rows))
+        tried = self._moves(snapshot, cuts, owner, rows, t, donors)
+        spent, rest = self._costs(snapshot, tried, owner, rows, t)
+        total = spent + rest
+        first = total.copy()
+        first[:, 0] = -np.inf  # to change nothing stays in
+        few = min(settings.survivors + 1, total.shape[1])
+        kept = np.sort(np.argpartition(first, few - 1, axis=1)[:, :few], axis=1)
+        total, rest = (np.take_along_axis(x, kept, axis=1) for x in (total, rest))
+        tried = np.take_along_axis(tried, kept[None, :, :, None], axis=2)
+        later = cuts[t + len(tried) : t + settings.long]
+        apart = np.abs(rest - rest[:, :1]) > EQUAL * np.maximum(rest[:, :1], 1.0)
+        unsure = np.flatnonzero(apart.any(axis=1))
+        if len(later) and len(unsure):
+            followed = np.repeat(later[:, unsure, None], few, axis=2)
+            at_length = np.concatenate([tried[:, unsure], followed])
+            spent, rest = self._costs(snapshot, at_length, owner[unsure], rows[unsure], t)
+            total[unsure] = spent + rest
+        best = total.argmin(axis=1)
+        gain = total[:, 0] - total[each, best]
+        best[gain <= EQUAL * np.maximum(total[:, 0], 1.0)] = 0
+        return tried[:, each, best]
+
+    def _costs(
+        self, snapshot: Snapshot, tried: I64, owner: I64, rows: I64, t: int
+    ) -> tuple[F64, F64]:
+        """Costs [n, moves] of plans tried [L, n, moves, H] from t on, and of running out then."""
+        ahead, n, moves, hops = tried.shape
+        plans = list(tried.reshape(ahead, n * moves, hops))
+        parent, of = np.repeat(rows, moves), np.repeat(owner, moves)
+        spent, rest = self._branches.spend(snapshot, parent, of, t, plans)
+        return spent.reshape(n, moves), rest.reshape(n, moves)
+
+    def _moves(
+        self, snapshot: Snapshot, cuts: I64, owner: I64, rows: I64, t: int, donors: list[I64]
+    ) -> I64:
         """What to try from interval t on, [L, n, moves, H]; the first move is to change nothing.
 
         The others hold one of the most promising plans for a while, or do what another good
@@ -327,7 +437,7 @@ class _Search:
         """
         settings = self._settings
         ahead = min(settings.lookahead, self._length - t)
-        plans = self._promising(snapshot, cuts, owner, t)
+        plans = self._promising(snapshot, cuts, owner, rows, t)
         few = plans.shape[1]
         moves = 1 + len(settings.holds) * (few + len(donors))
         tried = np.repeat(cuts[t : t + ahead, :, None], moves, axis=2)
@@ -339,15 +449,14 @@ class _Search:
             tried[: 2 * hold, :, first + few : first + few + len(donors)] = given[: 2 * hold]
         return tried
 
-    def _promising(self, snapshot: Snapshot, cuts: I64, owner: I64, t: int) -> I64:
+    def _promising(self, snapshot: Snapshot, cuts: I64, owner: I64, rows: I64, t: int) -> I64:
         """The plans [n, few, H] that cost least when held for two intervals, for each branch."""
         actions, n = self._actions, len(owner)
         few = self._settings.promising
         if few >= len(actions):
             return np.broadcast_to(actions, (n, *actions.shape))
-        parent = np.repeat(np.arange(n), len(actions))
-        held, later = np.tile(actions, (n, 1)), cuts[t + 2 : t + PROMISING_INTERVALS]
-        plans = [held, held, *(c[parent] for c in later)][: self._length - t]
-        spent, rest = self._branches.spend(snapshot, parent, owner[parent], t, plans)
-        total = (spent + rest).reshape(n, -1)
-        return actions[np.argpartition(total, few - 1, axis=1)[:, :few]]
+        held = np.broadcast_to(actions, (2, n, *actions.shape))
+        later = cuts[t + 2 : t + PROMISING_INTERVALS, :, None]
+        plans = np.concatenate([held, np.repeat(later, len(actions), axis=2)])
+        spent, rest = self._costs(snapshot, plans[: self._length - t], owner, rows, t)
+        return actions[np.argpartition(spent + rest, few - 1, axis=1)[:, :few]]

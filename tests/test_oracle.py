@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -114,13 +113,10 @@ def test_an_incumbent_that_cannot_be_improved_is_kept():
 def test_twice_the_width_changes_its_cost_by_less_than_one_percent(loaded):
     tape = tape_of(loaded, 3, 8)
     settings = OracleSettings()
-    twice = replace(
-        settings, width=2 * settings.width, finalists=2 * settings.finalists,
-        promising=2 * settings.promising,
-    )  # fmt: skip
     branches = Branches(loaded, tape)
     narrow, wide = (
-        branches.total(search(loaded, tape, settings=s).cuts, 0) for s in (settings, twice)
+        branches.total(search(loaded, tape, settings=s).cuts, 0)
+        for s in (settings, settings.wider(2))
     )
     assert narrow.sum() == pytest.approx(wide.sum(), rel=0.01)
 
