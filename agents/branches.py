@@ -17,12 +17,13 @@ from env.tape import Tape
 if TYPE_CHECKING:
     from env.system import StepResult
 
-__all__ = ["Branches"]
+__all__ = ["EQUAL", "Branches"]
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 
 AHEAD_INTERVALS = 12  # a run-out sees so many intervals' means; then the mean of those is held
+EQUAL = 1e-9  # costs this close (relative to the larger of 1 and them) are the same branch
 CHUNK = 4096  # branches simulated at once: their arrays stay in the processor's cache
 
 
@@ -32,10 +33,14 @@ class Branches:
     Args:
         model: The system's cost model.
         tape: T intervals of B environments.
+
+    Attributes:
+        busy: [T][B] where requests arrive: elsewhere the plan in force changes nothing.
     """
 
     def __init__(self, model: CostModel, tape: Tape) -> None:
         self.model, self.tape = model, tape
+        self.busy = [interval.arrival_count > 0 for interval in tape.intervals]
         self._cost = Cost(model.profile, model.references, model.scenario)
         self._simulator = Simulator(model, tape.batch, 0, conditions=tape.play())
         run_out_s = DRAIN_DEADLINES * model.references.deadline_s

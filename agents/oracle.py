@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.branches import Branches
+from agents.beam import Beam
+from agents.branches import EQUAL, Branches
 from agents.controllers import Decision
 from env.predict import CostModel
 from env.simulator import Snapshot
@@ -38,10 +39,6 @@ F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 
 PROMISING_INTERVALS = 4  # over which a plan is judged before it is tried at length
-# Of a start-up that does not count, only the queues at its end matter.
-LEAD_INTERVALS, NARROWER = 10, 8
-SURVEYED = 4  # members of a beam that are asked which plans are worth trying
-EQUAL = 1e-9  # costs this close (relative to the larger of 1 and them) are the same branch
 
 
 @dataclass(frozen=True)
@@ -174,12 +171,12 @@ def search(
             pool.add(incumbent.cuts, incumbent.probe_bytes)
     held = np.broadcast_to(pool.branches.best_held(model.table.cuts, startup), shape)
     pool.add(held)
-    search_ = _Search(model, pool, settings)
     half = max(1, settings.finalists // 2)
     guides = [*pool.best(1), held] if incumbents else [held]
-    for cuts in search_.beam(pool.best(half), guides)[: settings.finalists]:
+    beam = Beam(pool.branches, model.table.cuts, settings, startup)
+    for cuts in beam.run(pool.best(half), guides)[: settings.finalists]:
         pool.add(cuts)
-    search_.refine()
+    _LocalSearch(model.table.cuts, pool, settings).refine()
     return pool.winner()
 
 
@@ -232,133 +229,13 @@ class _Pool:
         return PlanSequence(cuts, probes if probes.any() else None)
 
 
-class _Search:
-    """Beam search and local search over sequences of plans."""
+class _LocalSearch:
+    """Local search on a pool's best sequences."""
 
-    def __init__(self, model: CostModel, pool: _Pool, settings: OracleSettings) -> None:
-        self._actions, self._settings = model.table.cuts, settings
+    def __init__(self, actions: I64, pool: _Pool, settings: OracleSettings) -> None:
+        self._actions, self._settings = actions, settings
         self._pool, self._branches = pool, pool.branches
-        tape = self._branches.tape
-        self._batch, self._length = tape.batch, len(tape)
-        # Without an arrival the plan in force changes nothing.
-        self._busy = [interval.arrival_count > 0 for interval in tape.intervals]
-
-    def beam(self, rails: list[I64], guides: list[I64]) -> list[I64]:
-        """Sequences [T, B, H] of the beam that is left at the end, the cheapest first.
-
-        Args:
-            rails: Sequences that stay in the beam to the end, so that leaving them is tried at
-                every interval.
-            guides: Sequences that a branch follows while it is judged at length.
-        """
-        branches, startup = self._branches, self._pool.startup
-        everybody = np.arange(self._batch)
-        rail_owner, rail_cuts = np.tile(everybody, len(rails)), np.concatenate(rails, axis=1)
-        # Members of the beam first, then the rails; both exist from the start.
-        owner = np.concatenate([everybody, rail_owner])
-        snapshot, spent = branches.start(owner), np.zeros(len(owner))
-        parents: list[I64] = []
-        played: list[I64] = []
-        for t in range(self._length):
-            members = len(owner) - len(rail_owner)
-            parent, cuts = self._grown(snapshot, owner, spent, t, guides)
-            parent = np.concatenate([parent, np.arange(members, len(owner))])
-            cuts = np.concatenate([cuts, rail_cuts[t]])
-            owner = owner[parent]
-            snapshot, step = branches.step(snapshot, parent, owner, t, cuts)
-            spent = spent[parent] + (step if t >= startup else 0.0)
-            parents.append(parent)
-            played.append(cuts)
-        return self._unwind(owner, spent + branches.open_cost(snapshot, owner), parents, played)
-
-    def _grown(
-        self, snapshot: Snapshot, owner: I64, spent: F64, t: int, guides: list[I64]
-    ) -> tuple[I64, I64]:
-        """The members after interval t: which each comes from [n], and its plan [n, H].
-
-        The better branches are judged a second time, at length.
-        """
-        settings, branches = self._settings, self._branches
-        width = settings.width
-        if t < self._pool.startup - LEAD_INTERVALS:
-            width //= NARROWER
-        n, actions = len(owner), self._actions
-        tried = self._worth_trying(snapshot, owner, spent, t)
-        count = np.where(self._busy[t][owner], tried.shape[1], 1)
-        parent = np.repeat(np.arange(n), count)
-        number = np.arange(len(parent)) - np.repeat(np.cumsum(count) - count, count)
-        which = tried[owner[parent], number]
-        step, rest = branches.spend(snapshot, parent, owner[parent], t, [actions[which]])
-        past = spent[parent] + step
-        keep = self._choose(owner[parent], past, rest, settings.screened * width)
-        parent, which, past, rest = parent[keep], which[keep], past[keep], rest[keep]
-        of, ahead = owner[parent], slice(t + 1, t + 1 + settings.guided)
-        if t + 1 == self._length:
-            guides = []
-        share = width // (1 + len(guides))
-        # Every way of judging errs: one sees no requests to come, the others follow poor guides.
-        kept = [self._choose(of, past, rest, share)]
-        for guide in guides:
-            plans = [actions[which], *(cuts[of] for cuts in guide[ahead])]
-            step, rest = branches.spend(snapshot, parent, of, t, plans)
-            kept.append(self._choose(of, spent[parent] + step, rest, share))
-        keep = np.unique(np.concatenate(kept))
-        return parent[keep], actions[which[keep]]
-
-    def _worth_trying(self, snapshot: Snapshot, owner: I64, spent: F64, t: int) -> I64:
-        """Indices [B, few] of the plans that do well for some members of each beam."""
-        actions, batch = self._actions, self._batch
-        few = min(self._settings.promising, len(actions))
-        if few == len(actions):
-            return np.tile(np.arange(few), (batch, 1))
-        # Who spent little so far has the longest queues; ask members all along that line.
-        order, count = np.lexsort((spent, owner)), np.bincount(owner, minlength=batch)
-        share = np.linspace(0.0, 1.0, SURVEYED)[:, None]
-        asked = order[np.cumsum(count) - count + np.round(share * (count - 1)).astype(np.int64)]
-        parent = np.repeat(asked.T.reshape(-1), len(actions))
-        plans = np.tile(actions, (batch * SURVEYED, 1))
-        step, rest = self._branches.spend(snapshot, parent, owner[parent], t, [plans])
-        above = np.full((batch, len(actions)), np.inf)
-        for penalty in self._settings.penalties:
-            score = (step + (1.0 + penalty) * rest).reshape(batch, SURVEYED, len(actions))
-            above = np.minimum(above, (score - score.min(axis=2, keepdims=True)).min(axis=1))
-        return np.argpartition(above, few - 1, axis=1)[:, :few]
-
-    def _choose(self, owner: I64, spent: F64, rest: F64, width: int) -> I64:
-        """Which branches stay: per environment the cheapest by each penalty, no state twice."""
-        width = max(1, round(width / len(self._settings.penalties)))
-        chosen: list[I64] = []
-        for penalty in self._settings.penalties:
-            score = spent + (1.0 + penalty) * rest
-            order = np.lexsort((score, owner))
-            same = np.zeros(len(order), dtype=bool)
-            ranked, of, past = score[order], owner[order], spent[order]
-            close = EQUAL * np.maximum(np.abs(ranked[1:]), 1.0)
-            same[1:] = (
-                (of[1:] == of[:-1])
-                & (ranked[1:] - ranked[:-1] <= close)
-                & (np.abs(past[1:] - past[:-1]) <= close)
-            )
-            order, of = order[~same], of[~same]
-            count = np.bincount(of, minlength=self._batch)
-            rank = np.arange(len(of)) - np.repeat(np.cumsum(count) - count, count)
-            chosen.append(order[rank < width])
-        return np.unique(np.concatenate(chosen))
-
-    def _unwind(self, owner: I64, total: F64, parents: list[I64], played: list[I64]) -> list[I64]:
-        """The last members' whole sequences, by rank in cost."""
-        order = np.lexsort((total, owner))
-        count = np.bincount(owner, minlength=self._batch)
-        first = np.cumsum(count) - count
-        sequences = []
-        for rank in range(int(count.min())):
-            member = order[first + rank]
-            cuts = np.empty((self._length, self._batch, self._actions.shape[1]), dtype=np.int64)
-            for t in reversed(range(self._length)):
-                cuts[t] = played[t][member]
-                member = parents[t][member]
-            sequences.append(cuts)
-        return sequences
+        self._batch, self._length = self._branches.tape.batch, len(self._branches.tape)
 
     def refine(self) -> None:
         """Local search on the pool's best; what it finds goes into the pool."""
@@ -379,7 +256,7 @@ class _Search:
         cuts, everybody = cuts.copy(), np.arange(len(owner))
         snapshot = self._branches.start(owner)
         for t in range(self._length):
-            rows = np.flatnonzero(self._busy[t][owner])
+            rows = np.flatnonzero(self._branches.busy[t][owner])
             if t >= self._pool.startup and len(rows):
                 better = self._improved(snapshot, cuts[:, rows], owner[rows], rows, t, donors)
                 cuts[t : t + len(better), rows] = better
