@@ -253,7 +253,10 @@ class Station:
         ready = np.concatenate([self._ready_s, *(c[1] for c in coming)])
         if len(slot) == 0:
             zeros = np.zeros(self.batch)
-            return Departures(slot, slot, *[ready] * 4, *[zeros] * 5, slot, ready)
+            return Departures(
+                slot, slot, ready, ready, ready, ready, zeros, zeros, zeros, zeros, zeros, slot,
+                ready,
+            )  # fmt: skip
         env = store.env.take(slot)
         # By environment, then by arrival here.
         key = env * (dt_s + self._lag_bound_s - self._oldest_s)
