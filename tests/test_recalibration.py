@@ -227,3 +227,18 @@ def test_a_policy_trained_at_another_interval_follows_too(truth: CostModel) -> N
     slow = CostModel(wrong(truth.profile), truth.scenario, truth.references)
     best = slow.table.cuts[slow.predict(state).cost.argmin()]
     assert (controller.decide(state).cuts[0] == best).all()
+
+
+def test_deployed_solver_and_policies_recalibrate_unless_told_not_to(truth: CostModel) -> None:
+    from types import SimpleNamespace
+
+    from agents.controllers import Static
+    from agents.deploy import make_controller
+
+    system = SimpleNamespace(model=truth)
+    solver = make_controller("solver", system, None)
+    assert isinstance(solver, Recalibrated)
+    solver.reset(truth, 1)
+    assert solver.model is truth  # the guard and the cut tables see the correction, too
+    assert isinstance(make_controller("solver", system, None, recalibrate=False), Solver)
+    assert isinstance(make_controller("edge", system, None), Static)
