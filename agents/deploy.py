@@ -38,6 +38,7 @@ from agents.display import live_line, live_table, summary_table
 from agents.guard import GuardedController
 from agents.metrics import agent_routes
 from agents.nodes import open_cluster, open_testbed
+from agents.recalibrated import Recalibrated
 from agents.runtime import Checkpoint
 from agents.scoring import ScoringPolicy
 from agents.session import Session
@@ -59,7 +60,7 @@ __all__ = ["main"]
 log = logging.getLogger("agents.deploy")  # also where it is __main__
 
 UNLIMITED_S = 7200.0
-ASKED_PER_REQUEST = ("policy", "policy-all", "solver")
+PREDICTING = ("policy", "policy-all", "solver")  # these can also be asked for every request
 CONTROLLERS = ("policy", "policy-all", "solver", "paper", "static", "edge", "fog", "cloud")
 
 
@@ -95,10 +96,18 @@ def image_inputs(
     return lambda i: inputs[i % len(inputs)]
 
 
-def make_controller(name: str, system: LiveSystem, checkpoint: Checkpoint | None) -> Controller:
-    """A controller by its command-line name; policies come guarded."""
+def make_controller(
+    name: str, system: LiveSystem, checkpoint: Checkpoint | None, recalibrate: bool = True
+) -> Controller:
+    """A controller by its command-line name; policies come guarded.
+
+    With `recalibrate` those that predict costs correct the system's cost model, which guard and
+    cut tables use as well.
+    """
     context = ArmContext(system.model, checkpoint)
     controller = make_arm(name, context)
+    if recalibrate and name in PREDICTING:
+        controller = Recalibrated(controller, system.model)
     return GuardedController(controller) if name.startswith("policy") else controller
 
 
@@ -159,6 +168,12 @@ def _parser() -> Parser:
         action="store_true",
         help="let the fog pick its cut when a request's turn comes (docs/cadence.md)",
     )
+    parser.add_argument(
+        "--no-recalibration",
+        action="store_true",
+        help="policies and solver: keep the start-up profile, whatever the requests measure "
+        "(docs/finetuning.md)",
+    )
     parser.add_argument("--json", type=Path, help="write the summary here")
     parser.add_argument("--scenario", type=Path, help="scenario file (default: the shipped one)")
     parser.add_argument("--checkpoint", type=Path, help="default: checkpoints/MODEL")
@@ -200,10 +215,9 @@ def _deploy(args: argparse.Namespace) -> int:
     console = Console()
     name = model_label(args.model)
     log_dir = args.runs / f"deploy-{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if args.per_request and args.controller not in ASKED_PER_REQUEST:
+    if args.per_request and args.controller not in PREDICTING:
         raise ConfigError(
-            f"--per-request needs --controller {', '.join(ASKED_PER_REQUEST)}; "
-            f"got {args.controller}"
+            f"--per-request needs --controller {', '.join(PREDICTING)}; got {args.controller}"
         )
     if args.controller == "policy-all":
         ScoringPolicy.load(CHECKPOINTS / "all")  # missing or damaged: known before nodes start
@@ -215,7 +229,8 @@ def _deploy(args: argparse.Namespace) -> int:
         _serve_operators(args, telemetry, console, stack)
         with console.status("starting and profiling the nodes") as status:
             system = stack.enter_context(open_system(args, checkpoint))
-            controller = make_controller(args.controller, system, checkpoint)
+            recalibrate = not args.no_recalibration
+            controller = make_controller(args.controller, system, checkpoint, recalibrate)
             if args.per_request:
                 assert isinstance(controller, Glancing)
                 system.glance = controller.glance

@@ -1,271 +1,268 @@
-"""Fine-tuning on the running nodes: small anchored steps, promoted only when they are better.
+"""What a policy learns while it is deployed: small anchored steps, promoted only when better.
 
-The policy decides on the nodes while its transitions are kept. After each window the profile is
-recalibrated from what the requests measured, and a few PPO steps mix the live transitions with
-rollouts in the recalibrated simulator, held near the starting policy by a KL term. In the end the
-tuned policy replaces the starting one only if, on held-out conditions of the recalibrated
-simulator, the paired 95 % interval of their cost ratio lies below 1.
+A lesson takes a window of intervals that the deployed policy lived through and the profile as it
+was recalibrated by then. The recalibrated simulator tries several plans at many moments under the
+very future that came (`agents.hindsight`); a few passes over that, mixed with PPO's loss on the
+live transitions, move the tuned policy, and a KL term holds it near the deployed one. It replaces
+that only if, on conditions that no lesson saw before, the paired 95 % interval of their cost ratio
+lies below 1; where that of the deployed one over the first lies above 1 (the profile moved on
+since), the first comes back.
+
+Nodes run the deployed policy as it decides best, without exploring, so learning costs them nothing.
+Its transitions are therefore weighted with the probability that the tuned policy gives what was
+done (truncated importance weights, as V-trace, arXiv 1802.01561).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.tensorboard.writer import SummaryWriter
 
 from agents.compare import bootstrap_mean
-from agents.controllers import Solver
-from agents.nodes import rescale_nodes
-from agents.policy import ResidualSolverPolicy
-from agents.runtime import PolicyController
-from agents.scalars import log_system
+from agents.hindsight import HindsightSettings, Lessons, gather_lessons
+from agents.policy import ResidualSolverPolicy, export_arrays
+from agents.runtime import PolicyController, PolicyNetwork, ResidualActor
 from agents.training import TrainingSettings, to_checkpoint
 from agents.validation import mean_cost
-from env.cost import Cost
+from env.cost import References
+from env.mixture import MixedConditions
 from env.predict import CostModel
+from env.scenario import Scenario
 from env.simulator import Simulator
-from env.state import Encoder, idle_probes
-from env.system import Completed, System
-from env.vector import SimulatorVecEnv
+from executor.errors import ConfigError
+from executor.profile import Profile
 
-__all__ = ["FinetuneResult", "FinetuneSettings", "finetune"]
+__all__ = ["FinetuneSettings", "Learner", "Lesson", "Window"]
 
 F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+I64 = NDArray[np.int64]
 HELD_OUT_SEED = 8_000_000
 
 
 @dataclass(frozen=True)
 class FinetuneSettings:
-    """How the policy is tuned on the nodes.
+    """How a policy goes on learning.
 
     Attributes:
-        steps: Intervals on the nodes.
-        window: Intervals between two updates.
-        sim_envs: Simulated environments mixed in per update.
-        sim_steps: Steps of each.
-        epochs: Passes per update.
-        learning_rate: Adam's.
-        kl_weight: Weight of KL(starting policy || policy).
-        live_weight: Weight of a live transition against a simulated one.
+        window: Intervals between two lessons.
+        hindsight: What is simulated per lesson, and the passes over it; `rounds` has no meaning
+            here.
+        kl_weight: Weight of KL(deployed policy || tuned policy).
+        live_weight: Weight of the live transitions' loss.
         clip: PPO's clipping range.
+        judge_envs: Held-out environments that a promotion is judged on.
+        judge_steps: Intervals in each.
     """
 
-    steps: int = 60
     window: int = 20
-    sim_envs: int = 64
-    sim_steps: int = 32
-    epochs: int = 3
-    learning_rate: float = 1e-4
-    kl_weight: float = 0.5
-    live_weight: float = 4.0
+    hindsight: HindsightSettings = field(
+        default_factory=lambda: HindsightSettings(n_envs=64, intervals=30, memory=8)
+    )
+    kl_weight: float = 0.05
+    live_weight: float = 0.1
     clip: float = 0.2
+    judge_envs: int = 48
+    judge_steps: int = 60
+
+    def __post_init__(self) -> None:
+        for name in ("window", "judge_envs", "judge_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
-class FinetuneResult:
-    """What fine-tuning did.
+class Window:
+    """T intervals under one policy.
 
     Attributes:
-        policy: The policy to deploy: the tuned one if promoted, else the one that came in.
-        promoted: Whether the tuned policy replaced the starting one.
-        cost_ratio: Tuned / starting policy: mean, low, high of the paired 95 % interval.
-        live_cost: Mean cost per interval on the nodes.
-        solver_agreement: Share of decisions in which the solver, in shadow, chose the same plan.
-        model: The recalibrated cost model.
+        observations: [T, S] what it saw.
+        actions: [T] index of the plan that was run.
+        rewards: [T] what came of it.
+        last: [S] what it saw after the last.
     """
 
-    policy: ResidualSolverPolicy
-    promoted: bool
+    observations: F32
+    actions: I64
+    rewards: F64
+    last: F32
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a lesson led to.
+
+    Attributes:
+        event: "promoted", "rolled back" or "kept".
+        arrays: The deployed policy's weights from now on, as the runtime takes them.
+        weights: The same as `ResidualSolverPolicy.state_dict` has them.
+        cost_ratio: Tuned over deployed policy: mean, low, high of the paired 95 % interval.
+        losses: Of the last step.
+    """
+
+    event: str
+    arrays: dict[str, F32]
+    weights: dict[str, NDArray[np.generic]]
     cost_ratio: tuple[float, float, float]
-    live_cost: float
-    solver_agreement: float
-    model: CostModel
+    losses: dict[str, float]
 
 
-@dataclass
-class _Batch:
-    """Transitions, time-major lists of arrays over environments."""
-
-    observations: list[F32] = field(default_factory=list)
-    actions: list[NDArray[np.int64]] = field(default_factory=list)
-    rewards: list[NDArray[np.float64]] = field(default_factory=list)
-
-    def tensors(
-        self, policy: ResidualSolverPolicy, last: F32, gamma: float, gae_lambda: float
-    ) -> tuple[torch.Tensor, ...]:
-        """Observations, actions, advantages, returns and old log-probabilities, flat."""
-        obs = torch.as_tensor(np.stack(self.observations))
-        actions = torch.as_tensor(np.stack(self.actions))
-        steps, envs = actions.shape
-        with torch.no_grad():
-            flat = obs.reshape(steps * envs, -1)
-            values, log_prob, _ = policy.evaluate_actions(flat, actions.reshape(-1))
-            values = values.reshape(steps, envs)
-            following = policy.predict_values(torch.as_tensor(last)).reshape(envs)
-        rewards = torch.as_tensor(np.stack(self.rewards), dtype=torch.float32)
-        advantages = torch.zeros_like(rewards)
-        running = torch.zeros(envs)
-        for t in reversed(range(steps)):
-            delta = rewards[t] + gamma * following - values[t]
-            running = delta + gamma * gae_lambda * running
-            advantages[t], following = running, values[t]
-        returns = advantages + values
-        return flat, actions.reshape(-1), advantages.reshape(-1), returns.reshape(-1), log_prob
-
-
-def finetune(
-    policy: ResidualSolverPolicy,
-    system: System,
-    training: TrainingSettings,
-    settings: FinetuneSettings,
-    seed: int,
-    writer: SummaryWriter | None = None,
-    report: Callable[[int, float], None] = lambda step, reward: None,
-) -> FinetuneResult:
-    """Tune a policy on running nodes.
+class Learner:
+    """Holds the first, the deployed and the tuned policy, and gives lessons.
 
     Args:
         policy: The policy trained in the simulator; it is not changed.
-        system: The running nodes.
-        training: Discount and rates of the simulator training.
+        scenario: Conditions, cost weights, arrivals of the running system.
+        references: Units of the cost.
+        training: Discount, rates and mixture of the simulator training.
         settings: How to tune.
         seed: Conditions and sampling.
-        writer: Gets finetune/ and system/ scalars per interval and update.
-        report: Called after every interval with (intervals done, reward).
     """
-    torch.manual_seed(seed)
-    start, tuned = policy, policy.clone()
-    model, scenario = system.model, system.model.scenario
-    encoder, cost, shadow = (
-        Encoder(model),
-        Cost(model.profile, model.references, scenario),
-        Solver(),
-    )
-    optimizer = torch.optim.Adam(tuned.parameters(), lr=settings.learning_rate, eps=1e-5)
-    gamma = training.gamma**scenario.interval_s
-    state = system.reset(seed)
-    shadow.reset(model, 1)
-    history = encoder.push(encoder.new_history(1), state)
-    observation = encoder.observe(history, state)
-    live, done, recalibrated = _Batch(), list[Completed](), model
-    costs, agreed = [], 0
-    for step in range(1, settings.steps + 1):
-        action = _sample(tuned, observation)
-        cuts = model.table.cuts[action]
-        agreed += int((shadow.decide(state, None).cuts == cuts).all())
-        result = system.step(cuts, idle_probes(state, scenario))
-        reward = -cost(result.record, system.n_ref)
-        live.observations.append(observation)
-        live.actions.append(action)
-        live.rewards.append(reward)
-        if result.completed is not None:
-            done.append(result.completed)
-        state = result.state
-        history = encoder.push(history, state)
-        observation = encoder.observe(history, state)
-        costs.append(-float(reward[0]))
-        if writer:
-            writer.add_scalar("finetune/reward", float(reward[0]), step)
-            log_system(writer, step, result)
-        report(step, float(reward[0]))
-        if step % settings.window == 0 or step == settings.steps:
-            if done:
-                ran = np.concatenate([~d.lost for d in done])
-                plans = np.concatenate([d.cuts for d in done])[ran]
-                work = np.concatenate([d.work_s for d in done])[ran]
-                profile = rescale_nodes(model.profile, plans, work)
-                recalibrated = CostModel(profile, scenario, model.references)
-            losses = _update(
-                tuned,
-                start,
-                optimizer,
-                live,
-                observation,
-                recalibrated,
-                settings,
-                training,
-                gamma,
-                seed + step,
+
+    def __init__(
+        self,
+        policy: ResidualSolverPolicy,
+        scenario: Scenario,
+        references: References,
+        training: TrainingSettings,
+        settings: FinetuneSettings,
+        seed: int,
+    ) -> None:
+        self._scenario, self._references = scenario, references
+        self._training, self._settings = training, settings
+        self._gamma = training.gamma**scenario.interval_s
+        self._seed, self._count = seed, 0
+        self._shuffle = torch.Generator().manual_seed(seed)
+        self._first = self._deployed = policy
+        self._tune(policy)
+
+    def _tune(self, policy: ResidualSolverPolicy) -> None:
+        """Go on from a policy, with nothing remembered."""
+        self._tuned = policy.clone()
+        rate = self._settings.hindsight.learning_rate
+        self._optimizer = torch.optim.Adam(self._tuned.parameters(), lr=rate, eps=1e-5)
+        self._lessons: list[Lessons] = []
+
+    def learn(self, window: Window, profile: Profile) -> Lesson:
+        """Give a lesson.
+
+        Args:
+            window: What the deployed policy lived through.
+            profile: As recalibrated by now.
+        """
+        self._count += 1
+        model = CostModel(profile, self._scenario, self._references)
+        self._lessons.append(self._simulated(model))
+        del self._lessons[: -self._settings.hindsight.memory]
+        losses = self._update(self._live(window))
+        ratio, event = self._ratio(model, self._tuned, self._deployed), "kept"
+        if ratio[2] < 1.0:
+            self._deployed, event = self._tuned.clone(), "promoted"
+        elif self._deployed is not self._first:
+            if self._ratio(model, self._deployed, self._first)[1] > 1.0:
+                self._deployed, event = self._first, "rolled back"
+                self._tune(self._first)
+        weights = {k: v.detach().cpu().numpy() for k, v in self._deployed.state_dict().items()}
+        return Lesson(event, export_arrays(self._deployed), weights, ratio, losses)
+
+    def _simulated(self, model: CostModel) -> Lessons:
+        """What plans would have cost at moments of the recalibrated simulator."""
+        training, settings = self._training, self._settings.hindsight
+        system = training.mixture.system(model)
+        seed = self._seed + 1000 * self._count
+        conditions = MixedConditions(model, training.mixture, training.rates, settings.n_envs, seed)
+        actor = ResidualActor(system, PolicyNetwork(export_arrays(self._tuned)))
+        return gather_lessons(system, actor, conditions, seed, settings)
+
+    def _live(self, window: Window) -> tuple[torch.Tensor, ...]:
+        """Observations, actions, advantages, returns and log-probabilities before the update."""
+        seen, actions = torch.as_tensor(window.observations), torch.as_tensor(window.actions)
+        with torch.no_grad():
+            values, log_prob, _ = self._tuned.evaluate_actions(seen, actions)
+            values = values.reshape(-1)
+            following = self._tuned.predict_values(torch.as_tensor(window.last[None])).reshape(())
+        rewards = torch.as_tensor(window.rewards, dtype=torch.float32)
+        advantages, running = torch.zeros_like(rewards), torch.zeros(())
+        for t in reversed(range(len(rewards))):
+            delta = rewards[t] + self._gamma * following - values[t]
+            running = delta + self._gamma * self._training.gae_lambda * running
+            advantages[t], following = running, values[t]
+        returns = advantages + values
+        # The critic is of the system trained for; on the present one it may be off by a constant.
+        advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
+        return seen, actions, advantages, returns, log_prob
+
+    def _update(self, live: tuple[torch.Tensor, ...]) -> dict[str, float]:
+        """Passes over the lessons remembered and the live transitions, near the deployed policy."""
+        settings, policy = self._settings, self._tuned
+        obs, plans = (
+            torch.from_numpy(np.concatenate(parts))
+            for parts in zip(*(x.inputs for x in self._lessons), strict=True)
+        )
+        advantages = torch.from_numpy(np.concatenate([x.advantages for x in self._lessons]))
+        with torch.no_grad():
+            anchor = _log_probabilities(self._deployed, obs)
+        actor = policy.actor_parameters()
+        mine = set(map(id, actor))
+        parts = actor, [p for p in policy.parameters() if id(p) not in mine]
+        losses: dict[str, float] = {}
+        for _ in range(settings.hindsight.epochs):
+            order = torch.randperm(len(obs), generator=self._shuffle)
+            for index in torch.split(order, settings.hindsight.batch_size):
+                now = _log_probabilities(policy, obs[index])
+                tried = torch.softmax(now.gather(1, plans[index]), dim=1)
+                in_hindsight = (tried * advantages[index]).sum(dim=1).mean()
+                moved = anchor[index] - now
+                kl = (anchor[index].exp() * moved).sum(dim=1).mean()
+                on_nodes, value_loss = self._live_loss(live)
+                loss = in_hindsight + settings.kl_weight * kl
+                loss = loss + settings.live_weight * (on_nodes + 0.5 * value_loss)
+                self._optimizer.zero_grad()
+                torch.autograd.backward(loss)
+                for part in parts:  # apart: the critic's errors are larger by far
+                    torch.nn.utils.clip_grad_norm_(part, 0.5)
+                self._optimizer.step()
+                losses = {
+                    "hindsight_loss": float(in_hindsight.detach()),
+                    "live_loss": float(on_nodes.detach()),
+                    "kl_to_deployed": float(kl.detach()),
+                    "value_loss": float(value_loss.detach()),
+                }
+        return losses
+
+    def _live_loss(self, live: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """PPO's clipped loss of the live transitions, and the critic's."""
+        seen, actions, advantages, returns, before = live
+        values, log_prob, _ = self._tuned.evaluate_actions(seen, actions)
+        ratio, clip = torch.exp(log_prob - before), self._settings.clip
+        gain = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+        # What was done was done for certain: weighted as likely as the tuned policy does it.
+        gain = torch.exp(before) * gain
+        return -gain.mean(), ((values.reshape(-1) - returns) ** 2).mean()
+
+    def _ratio(
+        self, model: CostModel, one: ResidualSolverPolicy, other: ResidualSolverPolicy
+    ) -> tuple[float, float, float]:
+        """Cost of one policy over another's: mean and 95 % interval, on this lesson's conditions.
+
+        Every lesson has its own: who is judged often enough on the same ones wins some day.
+        """
+        settings, seed = self._settings, HELD_OUT_SEED + 1000 * self._seed + self._count
+        simulator = Simulator(model, settings.judge_envs, seed)
+        costs = [
+            mean_cost(
+                PolicyController(to_checkpoint(model, policy, {})),
+                simulator,
+                seed,
+                settings.judge_steps,
             )
-            if writer:
-                for name, value in losses.items():
-                    writer.add_scalar(f"finetune/{name}", value, step)
-            live = _Batch()
-    system.drain()
-    ratio = _paired_ratio(recalibrated, tuned, start)
-    promoted = ratio[2] < 1.0
-    if writer:
-        writer.add_scalar("finetune/cost_ratio_to_start", ratio[0], settings.steps)
-        writer.add_scalar("finetune/promoted", float(promoted), settings.steps)
-    return FinetuneResult(
-        policy=tuned if promoted else start,
-        promoted=promoted,
-        cost_ratio=ratio,
-        live_cost=float(np.mean(costs)),
-        solver_agreement=agreed / settings.steps,
-        model=recalibrated,
-    )
-
-
-def _sample(policy: ResidualSolverPolicy, observation: F32) -> NDArray[np.int64]:
-    with torch.no_grad():
-        action = policy.get_distribution(torch.as_tensor(observation)).sample()
-    sampled: NDArray[np.int64] = action.numpy()
-    return sampled
-
-
-def _update(
-    policy: ResidualSolverPolicy,
-    anchor: ResidualSolverPolicy,
-    optimizer: torch.optim.Optimizer,
-    live: _Batch,
-    last: F32,
-    model: CostModel,
-    settings: FinetuneSettings,
-    training: TrainingSettings,
-    gamma: float,
-    seed: int,
-) -> dict[str, float]:
-    """A few PPO passes over live and simulated transitions, anchored to `anchor`."""
-    simulated, sim_last = _rollout(policy, model, settings, training, seed)
-    parts = [
-        (live.tensors(policy, last, gamma, training.gae_lambda), settings.live_weight),
-        (simulated.tensors(policy, sim_last, gamma, training.gae_lambda), 1.0),
-    ]
-    obs, actions, advantages, returns, old = (torch.cat([p[0][i] for p in parts]) for i in range(5))
-    weight = torch.cat([torch.full((len(p[0][1]),), p[1]) for p in parts])
-    weight /= weight.mean()
-    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    with torch.no_grad():
-        anchor_logits = _log_probabilities(anchor, obs)
-    losses: dict[str, float] = {}
-    for _ in range(settings.epochs):
-        for index in torch.split(torch.randperm(len(obs)), 512):
-            values, log_prob, _ = policy.evaluate_actions(obs[index], actions[index])
-            logits = _log_probabilities(policy, obs[index])
-            ratio = torch.exp(log_prob - old[index])
-            gain = torch.minimum(
-                ratio * advantages[index],
-                ratio.clamp(1 - settings.clip, 1 + settings.clip) * advantages[index],
-            )
-            kl = (anchor_logits[index].exp() * (anchor_logits[index] - logits)).sum(dim=1)
-            value_error = (values.reshape(-1) - returns[index]) ** 2
-            w = weight[index]
-            loss = (w * (-gain + settings.kl_weight * kl + 0.5 * value_error)).mean()
-            optimizer.zero_grad()
-            torch.autograd.backward(loss)
-            torch.nn.utils.clip_grad_norm_(policy.parameters(), 0.5)
-            optimizer.step()
-            losses = {
-                "policy_loss": float(-gain.mean().detach()),
-                "kl_to_start": float(kl.mean().detach()),
-                "value_loss": float(value_error.mean().detach()),
-            }
-    return losses
+            for policy in (one, other)
+        ]
+        interval = bootstrap_mean(costs[0] / costs[1])
+        return interval["mean"], interval["low"], interval["high"]
 
 
 def _log_probabilities(policy: ResidualSolverPolicy, observations: torch.Tensor) -> torch.Tensor:
@@ -273,39 +270,3 @@ def _log_probabilities(policy: ResidualSolverPolicy, observations: torch.Tensor)
     categorical = policy.get_distribution(observations).distribution
     assert isinstance(categorical, torch.distributions.Categorical)
     return categorical.logits
-
-
-def _rollout(
-    policy: ResidualSolverPolicy,
-    model: CostModel,
-    settings: FinetuneSettings,
-    training: TrainingSettings,
-    seed: int,
-) -> tuple[_Batch, F32]:
-    env = SimulatorVecEnv(model, settings.sim_envs, seed=seed, rate_fraction=training.rates)
-    batch, observation = _Batch(), np.asarray(env.reset(), dtype=np.float32)
-    for _ in range(settings.sim_steps):
-        action = _sample(policy, observation)
-        batch.observations.append(observation)
-        batch.actions.append(action)
-        following, reward, _, _ = env.step(action)
-        batch.rewards.append(np.asarray(reward))
-        observation = np.asarray(following, dtype=np.float32)
-    env.close()
-    return batch, observation
-
-
-def _paired_ratio(
-    model: CostModel, tuned: ResidualSolverPolicy, start: ResidualSolverPolicy
-) -> tuple[float, float, float]:
-    """Cost of `tuned` over that of `start` on held-out conditions: mean and 95 % interval."""
-    envs, steps = 64, min(100, model.scenario.steps_per_episode)
-    simulator = Simulator(model, envs, HELD_OUT_SEED)
-    costs = [
-        mean_cost(
-            PolicyController(to_checkpoint(model, policy, {})), simulator, HELD_OUT_SEED, steps
-        )
-        for policy in (tuned, start)
-    ]
-    interval = bootstrap_mean(costs[0] / costs[1])
-    return interval["mean"], interval["low"], interval["high"]

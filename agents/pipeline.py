@@ -16,8 +16,9 @@ from torch.utils.tensorboard.writer import SummaryWriter
 from agents.cli import progress
 from agents.compare import ArmRun, run_arm, summarise
 from agents.controllers import ArmContext, make_arm
-from agents.finetuning import FinetuneSettings, finetune
+from agents.finetuning import FinetuneSettings
 from agents.nodes import open_cluster, open_testbed
+from agents.online import finetune
 from agents.policy import ResidualSolverPolicy
 from agents.report.terminal import TABLE_WIDTH, table
 from agents.resume import FILE_NAME, ResumePoint
@@ -221,31 +222,41 @@ class Pipeline:
     def _finetune(
         self, policy: ResidualSolverPolicy, system: LiveSystem, checkpoint: Checkpoint
     ) -> Checkpoint:
-        settings = FinetuneSettings(steps=self.online_steps)
+        settings, steps = FinetuneSettings(), self.online_steps
         writer = SummaryWriter(str(self.log_dir / "finetune"))
         try:
             with progress(self.console) as bar:
-                task = bar.add_task("fine-tuning on the nodes", total=self.online_steps, note="")
+                task = bar.add_task("fine-tuning on the nodes", total=steps, note="")
 
                 def report(step: int, reward: float) -> None:
                     bar.update(task, completed=step, note=f"reward {reward:.2f}")
 
                 result = finetune(
-                    policy, system, self.training, settings, self.training.seed, writer, report
+                    policy,
+                    system,
+                    self.training,
+                    settings,
+                    steps,
+                    self.training.seed,
+                    writer,
+                    report,
                 )
         finally:
             writer.close()
-        ratio = ", ".join(f"{v:.4f}" for v in result.cost_ratio)
-        kept = "promoted" if result.promoted else "not promoted: the trained policy stays"
-        self.console.print(f"fine-tuned / trained cost (mean, low, high): {ratio}; {kept}")
+        for number, lesson in enumerate(result.lessons, 1):
+            ratio = ", ".join(f"{v:.4f}" for v in lesson.cost_ratio)
+            self.console.print(
+                f"lesson {number}: tuned / deployed cost (mean, low, high): {ratio}; {lesson.event}"
+            )
         if result.promoted:
             self._ppo.policy.load_state_dict(result.policy.state_dict())
         metadata = {
             **checkpoint.metadata,
             "finetuning": {
                 **asdict(settings),
+                "steps": steps,
                 "promoted": result.promoted,
-                "cost_ratio": result.cost_ratio,
+                "lessons": [{"event": x.event, "cost_ratio": x.cost_ratio} for x in result.lessons],
                 "live_cost": result.live_cost,
                 "solver_agreement": result.solver_agreement,
             },

@@ -11,6 +11,9 @@ generalises over plans; `dense` moves single plans.
 
 from __future__ import annotations
 
+import io
+import zipfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,9 +24,18 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
+from env.offloading import observation_space
 from env.predict import CostModel
+from env.state import Encoder
+from executor.errors import ConfigError
 
-__all__ = ["ResidualSolverPolicy", "demand_features", "export_arrays", "policy_kwargs"]
+__all__ = [
+    "ResidualSolverPolicy",
+    "demand_features",
+    "export_arrays",
+    "load_policy",
+    "policy_kwargs",
+]
 
 
 def demand_features(model: CostModel) -> NDArray[np.float32]:
@@ -157,6 +169,38 @@ class ResidualSolverPolicy(ActorCriticPolicy):
         super()._build(lr_schedule)
         self.action_net = _Head(self._width, self._demand, self._tau)
         self.optimizer = torch.optim.Adam(self.parameters(), lr=lr_schedule(1), eps=1e-5)
+
+
+def load_policy(path: Path, model: CostModel, tau: float) -> ResidualSolverPolicy:
+    """The policy of a checkpoint's policy.zip, with its critic, to learn on with.
+
+    Only its weights are read, no code.
+
+    Args:
+        path: The file.
+        model: Of a system with the same candidates.
+        tau: Temperature of the solver's prior, as in the checkpoint's arrays.
+
+    Raises:
+        ConfigError: It cannot be read, or is of other candidates.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            stored = io.BytesIO(archive.read("policy.pth"))
+        weights = torch.load(stored, map_location="cpu", weights_only=True)
+        width = len(weights["mlp_extractor.pi.0.bias"])
+        policy = ResidualSolverPolicy(
+            observation_space(Encoder(model)),
+            spaces.Discrete(len(model.plans)),
+            lambda _: 1e-4,
+            **policy_kwargs(model, tau, width),
+        )
+        policy.load_state_dict(weights)
+    except (OSError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
+        raise ConfigError(
+            f"cannot learn on with {path}: {error}; make it anew with train.py"
+        ) from error
+    return policy
 
 
 def export_arrays(policy: ResidualSolverPolicy) -> dict[str, NDArray[np.float32]]:

@@ -56,10 +56,14 @@ class PolicyNetwork:
     """
 
     def __init__(self, arrays: dict[str, F32], zeroed: bool = False) -> None:
+        self._zeroed = zeroed
+        self.load(arrays)
+
+    def load(self, arrays: dict[str, F32]) -> None:
+        """Go on with other weights of the same shapes."""
         self._a = arrays
         self._n_actions = arrays["w3"].shape[1]
         self._inverse_tau = np.float32(1.0) / arrays["tau"][0]
-        self._zeroed = zeroed
 
     def logits(self, observation: F32) -> F32:
         """Logits, shape [B, A], of observations [B, S]."""
@@ -274,7 +278,7 @@ class ActorController:
         if trained_s != interval_s:
             scenario = model.scenario.replace(interval_s=trained_s)
             known = CostModel(model.profile, scenario, model.references)
-        self._model, self._actor = model, self._make(known)
+        self._model, self._known, self._actor = model, known, self._make(known)
         self._apart = max(1, round(trained_s / interval_s))
         self._past: collections.deque[F32] = collections.deque(
             maxlen=(HISTORY - 1) * self._apart + 1
@@ -304,6 +308,8 @@ class ActorController:
 
     def _remember(self, state: SystemState) -> None:
         """Take a state in: the newest, and those before it at the interval of the training."""
+        if self._known.profile is not self._model.profile:  # that was recalibrated
+            self._known.recalibrate(self._model.profile)
         encoder = self._actor.encoder
         if self._apart == 1:
             self._history = encoder.push(self._history, state)

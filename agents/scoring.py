@@ -78,7 +78,6 @@ class PlanEncoder:
         self.view_size = HISTORY * self.encoder.features + 1
         self._cuts = model.table.cuts.T[:, None].astype(np.float32)  # [H, 1, A]
         self._inverse_n = np.float32(1.0 / model.profile.spec.n_units)
-        self._active_cost = model.active_cost
 
     def observe(self, history: F32, state: SystemState) -> Seen:
         """`history` [B, HISTORY * features] already holds `state` (`env.state.Encoder.push`)."""
@@ -122,7 +121,7 @@ class PlanEncoder:
             row += n_hops
         np.multiply(model.used[0::2], of_nodes.T[:, :, None], out=seen[row : row + n_nodes])
         row += n_nodes
-        np.divide(self._active_cost, prediction.cost, out=seen[row])
+        np.divide(model.active_cost, prediction.cost, out=seen[row])
         seen[row + 1] = ~moved.any(axis=0)
         np.multiply(moved, self._inverse_n, out=seen[row + 2 :])
         return Seen(np.concatenate([history, np.log(cheapest)], axis=1), seen, excess)

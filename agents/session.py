@@ -44,6 +44,7 @@ class Session:
         self.system, self.controller = system, controller
         model = system.model
         self.cost = Cost(model.profile, model.references, model.scenario)
+        self._first_profile = model.profile
         self.total = IntervalRecord.zeros(1, model.profile.n_nodes)
         self.latencies_s: collections.deque[float] = collections.deque(maxlen=_KEPT_LATENCIES)
         self.decide_s: collections.deque[float] = collections.deque(maxlen=_KEPT_DECISIONS)
@@ -157,6 +158,17 @@ class Session:
             writer.add_scalar("guard/fallbacks", count, step)
             writer.add_scalar("guard/solver_decides", float(bool(self.controller.reason)), step)
 
+    def _recalibration(self) -> dict[str, Any]:
+        """What the profile has become: nodes, times as slow as at first; hops, ms per frame."""
+        first, now = self._first_profile, self.system.model.profile
+        return {
+            "node_factors": {
+                a.name: round(sum(b.unit_s) / max(sum(a.unit_s), 1e-9), 4)
+                for a, b in zip(first.nodes, now.nodes, strict=True)
+            },
+            "frame_overhead_ms": [round(1e3 * hop.frame_overhead_s, 3) for hop in now.hops],
+        }
+
     def summary(self) -> dict[str, Any]:
         """What was served and what it cost, as plain data."""
         total, model = self.total, self.system.model
@@ -197,5 +209,6 @@ class Session:
             "switches": self.switches,
             "decide_us": float(np.median(self.decide_s or [0.0]) * 1e6),
             "fallbacks": fallbacks,
+            "recalibration": self._recalibration(),
             "interrupted": self.interrupted,
         }

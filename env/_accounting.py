@@ -177,6 +177,7 @@ def rows(store: RequestStore, slot: I64, completion_s: F64 | None) -> Completed:
         stage_s=store.wall_s[0::2, slot].T,
         work_s=np.maximum(store.work[0::2, slot].T, 0.0),
         transmit_s=store.wall_s[1::2, slot].T,
+        wait_s=store.wait_s[slot],
         lost=np.full(len(slot), completion_s is None),
     )
 
@@ -192,6 +193,7 @@ def refused_rows(env: I64, arrival_s: F64, cuts: I64) -> Completed:
         stage_s=np.zeros((count, n_hops + 1)),
         work_s=np.zeros((count, n_hops + 1)),
         transmit_s=np.zeros((count, n_hops)),
+        wait_s=np.zeros(count),
         lost=np.ones(count, dtype=bool),
     )
 

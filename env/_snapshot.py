@@ -27,7 +27,7 @@ class Queued:
         count: [B] of each environment.
         arrival_s, is_probe: [R] as in `RequestStore`.
         work: [S, R] likewise.
-        cuts, wall_s: [R, H] and [S, R] likewise; empty where they are not recorded.
+        cuts, wall_s, wait_s: [R, H], [S, R], [R] likewise; empty where they are not recorded.
         late_limit_s, late_cut: [rows, R] likewise; empty without late binding.
         place: [R] the station each is at, or -1: its output is on its way back.
         due_s: [R] when it is (or was) there, or back at the edge; from the interval's end.
@@ -40,6 +40,7 @@ class Queued:
     work: F64
     cuts: I64
     wall_s: F64
+    wait_s: F64
     late_limit_s: F64
     late_cut: I64
     place: I64
@@ -57,12 +58,12 @@ class Queued:
         place = np.repeat(np.arange(len(lists)) - 1, [len(x[0]) for x in lists])
         order = np.argsort(store.env.take(slot), kind="stable")
         slot = slot.take(order)
-        cuts, wall_s = store.cuts, store.wall_s
+        cuts, wall_s, wait_s = store.cuts, store.wall_s, store.wait_s
         limit_s, late_cut = store.late_limit_s, store.late_cut
         if len(cuts):
             cuts = cuts[slot]
         if wall_s.size:
-            wall_s = wall_s[:, slot]
+            wall_s, wait_s = wall_s[:, slot], wait_s[slot]
         if limit_s.size:
             limit_s, late_cut = limit_s[:, slot], late_cut[:, slot]
         return cls(
@@ -72,6 +73,7 @@ class Queued:
             work=store.work.take(slot, axis=1),
             cuts=cuts,
             wall_s=wall_s,
+            wait_s=wait_s,
             late_limit_s=limit_s,
             late_cut=late_cut,
             place=place.take(order),
@@ -98,7 +100,7 @@ class Queued:
         if len(store.cuts):
             store.cuts[new] = self.cuts[of]
         if store.wall_s.size:
-            store.wall_s[:, new] = self.wall_s[:, of]
+            store.wall_s[:, new], store.wait_s[new] = self.wall_s[:, of], self.wait_s[of]
         if store.late_limit_s.size:
             store.late_limit_s[:, new] = self.late_limit_s[:, of]
             store.late_cut[:, new] = self.late_cut[:, of]

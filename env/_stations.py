@@ -37,6 +37,7 @@ class RequestStore:
         late_limit_s, late_cut: [late_rows, capacity] table from which the fog picks its cut
             (`env.late.LateTables`), limits -inf once it has; columns only with `late_rows`.
         wall_s: [S, capacity] seconds served, kept only when `record` is true.
+        wait_s: [capacity] seconds spent behind others, at all stations together; kept likewise.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class RequestStore:
         self.is_probe = np.zeros(capacity, dtype=bool)
         kept = capacity if record else 0
         self.wall_s = np.zeros((n_stations, kept))
+        self.wait_s = np.zeros(kept)
         self.cuts = np.zeros((capacity if self._late else kept, n_hops), dtype=np.int64)
         self.late_limit_s = np.full((late_rows, capacity if self._late else 0), -np.inf)
         self.late_cut = np.zeros(self.late_limit_s.shape, dtype=np.int64)
@@ -71,6 +73,7 @@ class RequestStore:
                 self.cuts = np.pad(self.cuts, ((0, extra), (0, 0)))
             if self._record:
                 self.wall_s = np.pad(self.wall_s, ((0, 0), (0, extra)))
+                self.wait_s = np.pad(self.wait_s, (0, extra))
             if self._late:
                 self.late_limit_s = np.pad(self.late_limit_s, ((0, 0), (0, extra)))
                 self.late_cut = np.pad(self.late_cut, ((0, 0), (0, extra)))
@@ -78,7 +81,7 @@ class RequestStore:
         self.live += count
         self.is_probe[new] = False
         if self._record:
-            self.wall_s[:, new] = 0.0
+            self.wall_s[:, new] = self.wait_s[new] = 0.0
         if self._late:
             self.late_limit_s[:, new] = -np.inf
         return new
@@ -92,6 +95,7 @@ class RequestStore:
             self.cuts[:n] = self.cuts[slots]
         if self._record:
             self.wall_s[:, :n] = self.wall_s[:, slots]
+            self.wait_s[:n] = self.wait_s[slots]
         if self._late:
             self.late_limit_s[:, :n] = self.late_limit_s[:, slots]
             self.late_cut[:, :n] = self.late_cut[:, slots]
@@ -167,6 +171,7 @@ class Departures:
 
     Attributes:
         slot, env, depart_s, work: One element per departure, by environment and then time.
+        ready_s: When each arrived here, perhaps before the interval.
         wall_s: Its seconds in service; empty where the station is not `timed`.
         departed_work: [B] sum of `work`.
         departed_wall_s: [B] sum of `wall_s`; empty likewise.
@@ -180,6 +185,7 @@ class Departures:
     slot: I64
     env: I64
     depart_s: F64
+    ready_s: F64
     work: F64
     wall_s: F64
     departed_work: F64
@@ -248,8 +254,9 @@ class Station:
         if len(slot) == 0:
             zeros = np.zeros(self.batch)
             return Departures(
-                slot, slot, ready, ready, ready, zeros, zeros, zeros, zeros, zeros, slot, ready
-            )
+                slot, slot, ready, ready, ready, ready, zeros, zeros, zeros, zeros, zeros, slot,
+                ready,
+            )  # fmt: skip
         env = store.env.take(slot)
         # By environment, then by arrival here.
         key = env * (dt_s + self._lag_bound_s - self._oldest_s)
@@ -296,8 +303,8 @@ class Station:
             wall, departed_wall, busy = NO_TIMES, NO_TIMES, spent / rates.rate[:, 0]
         self._served, self._start_s = served, began
         return Departures(
-            slot.take(gone), env, depart, work, wall, departed_work, departed_wall, spent, busy,
-            backlog, head_slot, elapsed,
+            slot.take(gone), env, depart, ready.take(gone), work, wall, departed_work,
+            departed_wall, spent, busy, backlog, head_slot, elapsed,
         )  # fmt: skip
 
     def _finish(self, env: I64, ready: F64, work: F64, head: I64, rates: Rates, dt_s: float) -> F64:

@@ -113,6 +113,7 @@ class LiveSystem:
         self._source, self._playback = source, playback
         self.glance: Callable[[SystemState], NDArray[np.int64]] | None = None
         self._late_rule = LateRule(model) if model.scenario.late_binding else None
+        self._late_profile = model.profile
         n_nodes = model.profile.n_nodes
         self._probers = ThreadPoolExecutor(max(1, n_nodes - 1), thread_name_prefix="probe")
         self._probes: list[tuple[int, float, Future[list[float]]]] = []
@@ -220,6 +221,8 @@ class LiveSystem:
         """The present plan, and the cut tables that go with it."""
         late: tuple[CutTable, ...] = ()
         if self._late_rule is not None and self._seen.node_up.all():
+            if self._late_profile is not self.model.profile:  # it was recalibrated
+                self._late_rule, self._late_profile = LateRule(self.model), self.model.profile
             late = self._late_rule.tables(self._seen, self._cuts).cut_tables(0)
         return Plan(tuple(int(c) for c in self._cuts[0])), late
 
@@ -310,13 +313,32 @@ class LiveSystem:
             stage_s=rows("stage_s", nodes),
             work_s=rows("work_s", nodes),
             transmit_s=rows("transmit_s", hops),
+            wait_s=np.array([self._waited_s(d) if d is not None else 0.0 for d in done]),
             lost=np.array([d is None for d in done], dtype=bool),
         )
+
+    def _waited_s(self, record: Any) -> float:
+        """What a request waited behind others: to be submitted, at nodes, and at hops.
+
+        What is left of a hop's time without its service and propagation is the wait there.
+        """
+        status = self.client.status()
+        total = record.submitted_s - record.scheduled_s + sum(record.queue_s)
+        for h, (crossed_s, served_s) in enumerate(
+            zip(record.hop_s, record.transmit_s, strict=True)
+        ):
+            total += max(0.0, crossed_s - served_s - 0.5 * self._rtt(h, status))
+        return float(total)
 
     def _rate(self, hop: int, status: Any) -> float:
         node = status.get(hop)
         measured = node.hop_bytes_per_s if node is not None else None
         return float(measured or self.model.profile.hops[hop].bytes_per_s)
+
+    def _rtt(self, hop: int, status: Any) -> float:
+        node = status.get(hop)
+        measured = node.hop_rtt_s if node is not None else None
+        return float(measured or self.model.profile.hops[hop].rtt_s)
 
     def _state(self) -> SystemState:
         """The state now; cut tables are derived from the last one that was seen."""
@@ -326,14 +348,14 @@ class LiveSystem:
     def _measured_state(self) -> SystemState:
         status = self.client.status()
         now = time.monotonic()
-        hops, n_nodes = self.model.profile.hops, self.model.profile.n_nodes
+        n_nodes = self.model.profile.n_nodes
         ages, rtts, hop_backlog = [], [], []
-        for h, hop in enumerate(hops):
+        for h in range(n_nodes - 1):
             node = status.get(h)
             measured = node is not None and node.hop_bytes_per_s
             age = node.hop_age_s + now - node.received_s if measured else now - self._start_s
             ages.append(max(0.0, age))
-            rtts.append((node.hop_rtt_s if node is not None else None) or hop.rtt_s)
+            rtts.append(self._rtt(h, status))
             hop_backlog.append(node.hop_backlog_bytes if node is not None else 0.0)
         loads, backlogs = [], []
         for k in range(n_nodes):
@@ -341,7 +363,7 @@ class LiveSystem:
             loads.append(min(node.load, 0.9) if node is not None else 0.0)
             backlogs.append(node.backlog_s if node is not None else 0.0)
         return SystemState(
-            bytes_per_s=np.array([[self._rate(h, status) for h in range(len(hops))]]),
+            bytes_per_s=np.array([[self._rate(h, status) for h in range(n_nodes - 1)]]),
             bandwidth_age_s=np.array([ages]),
             rtt_s=np.array([rtts]),
             node_load=np.array([loads], dtype=np.float64),

@@ -120,6 +120,7 @@ class CostModel:
             requests meet them): unloaded seconds, or bytes.
         used: [S, 1, A] 1.0 where it asks anything.
         active_cost: [A] cost of the energy it takes to compute a request.
+        capacity_rps: What the best static plan can serve under the scenario's usual conditions.
     """
 
     def __init__(
@@ -145,8 +146,23 @@ class CostModel:
         self._usable: dict[bytes, Mask] = {}
         self.horizon_s = horizon_intervals * max(scenario.interval_s, LEAST_INTERVAL_S)
         self._lay_out(profile)
-        speed, bytes_per_s = usual_conditions(scenario)
-        self.capacity_rps = float(self.capacity_at(speed[None], bytes_per_s[None])[0])
+
+    def recalibrate(self, profile: Profile) -> None:
+        """Predict with a corrected profile from now on; plans and references stay.
+
+        In place, so that all who decide with this model follow: solver, encoder, guard.
+
+        Raises:
+            ConfigError: The profile is of another model or number of nodes.
+        """
+        if profile.shape_digest() != self.profile.shape_digest():
+            raise ConfigError(
+                f"a correction of the profile of {self.profile.spec.name} on "
+                f"{self.profile.n_nodes} nodes must keep its shape; got one of "
+                f"{profile.spec.name} on {profile.n_nodes}"
+            )
+        self.profile, self.table = profile, PlanTable(profile, self.plans)
+        self._lay_out(profile)
 
     def _lay_out(self, profile: Profile) -> None:
         """Constants per plan and station (node 0, hop 0, node 1, ...: as requests meet them)."""
@@ -177,6 +193,8 @@ class CostModel:
         self._lost_cost = np.float32(ref.lost_cost)
         # Batches are worked in pieces whose arrays stay in the processor's cache.
         self._piece = max(1, CACHED_NUMBERS // (n_stations * n_plans))
+        speed, bytes_per_s = usual_conditions(self.scenario)
+        self.capacity_rps = float(self.capacity_at(speed[None], bytes_per_s[None])[0])
 
     def capacity_at(self, speed: F64, bytes_per_s: F64) -> F64:
         """Capacity of the best static plan, requests/s, [B], at constant conditions.

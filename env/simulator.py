@@ -401,6 +401,7 @@ class Simulator:
             self._backlog.append(left.backlog)
             if self.record_requests:
                 store.wall_s[s][left.slot] = left.wall_s
+                store.wait_s[left.slot] += left.depart_s - left.ready_s - left.wall_s
             k = s // 2
             if s % 2:
                 record.hop_transmit_s[:, k] = left.busy_s

@@ -34,6 +34,7 @@ class Completed:
         work_s: [R, N] unloaded compute seconds, 0 where skipped.
         transmit_s: [R, H] wall seconds on the hop in service (waiting behind other frames and
             propagation excluded), 0 where not crossed.
+        wait_s: [R] seconds spent behind others, at all nodes and hops together.
         lost: [R] refused or failed.
     """
 
@@ -44,6 +45,7 @@ class Completed:
     stage_s: F64
     work_s: F64
     transmit_s: F64
+    wait_s: F64
     lost: NDArray[np.bool_]
 
 

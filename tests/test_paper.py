@@ -62,6 +62,7 @@ def a_result(state: SystemState, cuts, count: int = 5, sigma=SIGMA) -> StepResul
         stage_s=stage_s,
         work_s=stage_s,
         transmit_s=np.zeros((count, 2)),
+        wait_s=np.zeros(count),
         lost=np.zeros(count, dtype=bool),
     )
     return StepResult(state, IntervalRecord.zeros(1, 3), done)
