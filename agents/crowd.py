@@ -1,7 +1,7 @@
 """One size of crowd: edges that share a fog and a cloud, under every arm, and what is told of them.
 
-The edges decide once a second; the simulator goes in steps of a tenth, so that they can do so at
-moments of their own (`agents.staggered`).
+The edges decide once a second; the simulator goes in steps of a fifth (as often as 200 clients hear
+a node's STATUS), so that they can do so at moments of their own (`agents.staggered`).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents.compare import ArmRun, paired_ratio, per_row, run_arm
-from agents.controllers import ArmContext, Static, make_arm
+from agents.controllers import ArmContext, Controller, Glancing, Static, make_arm
 from agents.runtime import Checkpoint
-from agents.staggered import Staggered
+from agents.staggered import CountingOthers, Staggered
 from env.cost import Cost
 from env.grid import GridConditions
 from env.predict import CostModel
@@ -31,7 +31,7 @@ F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 
 SEED = 9000
-STEP_S, INTERVAL_S = 0.1, 1.0
+STEP_S, INTERVAL_S = 0.2, 1.0
 STEPS = round(INTERVAL_S / STEP_S)
 LEAST_ROWS = 24  # small crowds run under more conditions
 ROWS_AT_ONCE = 2000  # of the search for the best static plan
@@ -128,18 +128,32 @@ class Crowd:
         self._cost: dict[tuple[str, str], F64] = {}
 
     def run(self, arm: str, checkpoint: Checkpoint | None) -> None:
-        """Run an arm: all edges at once, and if it adapts and there are several, staggered."""
+        """Run an arm; one that adapts, in every way of `_ways` that it can."""
         context = ArmContext(self.slow, checkpoint, self._best_static)
         first = make_arm(arm, context)
         if isinstance(first, Static):
             self._keep(arm, "", self._run(first), [])
             return
-        at_once = np.zeros(self.batch, dtype=np.int64)
-        for when, phase in (("at once", at_once), ("staggered", self.phase)):
-            if self.edges == 1 and when == "staggered":
-                continue
-            controller = Staggered(arm, lambda: make_arm(arm, context), self.slow, phase, STEPS)
-            self._keep(arm, when, self._run(controller), controller.decide_s)
+        for when, model, phase, steps in self._ways(isinstance(first, Glancing)):
+            controller = Staggered(arm, lambda: make_arm(arm, context), model, phase, steps)
+            counting = CountingOthers(controller, lambda: self._system.others_busy)
+            run = self._run(counting if when.endswith("counting") else controller)
+            self._keep(arm, when, run, controller.decide_s)
+
+    def _ways(self, glancing: bool) -> list[tuple[str, CostModel, I64, int]]:
+        """When edges decide: in words, with which model, at which phase, every so many steps.
+
+        A step is so short that deciding at each stands for deciding for each request.
+        """
+        together = np.zeros(self.batch, dtype=np.int64)
+        ways = [("at once", self.slow, together, STEPS)]
+        if self.edges > 1:
+            ways.append(("staggered", self.slow, self.phase, STEPS))
+        if glancing:
+            ways.append(("per request", self.fast, together, 1))
+            if self.edges > 1:
+                ways.append(("counting", self.fast, together, 1))
+        return ways
 
     def results(self) -> dict[str, Any]:
         """Plain numbers: the arms' rows, costs over the best static plan's where that ran."""
@@ -159,7 +173,7 @@ class Crowd:
     def _source(self, model: CostModel) -> GridConditions:
         return GridConditions(model.scenario, np.full(self.batch, model.rate_rps()), SEED)
 
-    def _run(self, controller: Static | Staggered) -> ArmRun:
+    def _run(self, controller: Controller) -> ArmRun:
         self._system = _Watched(
             self.fast, self.edges, self._source(self.fast), record_requests=True
         )

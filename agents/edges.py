@@ -1,14 +1,20 @@
 """Many edges that share a fog and a cloud: `python -m agents.edges`. Who gains, and do they herd?
 
-Each of 1 to 200 edges has its own node, hop and arrivals, and decides for itself once a second from
-what it sees: its own queue and hop, and the STATUS of the shared fog and cloud (`env.sharing`). If
-all decide at the same moment, all may leave for an empty fog together and come back together; so
-every adaptive arm also runs staggered, each edge deciding at a moment of its own.
+Each of 1 to 200 edges has its own node, hop and arrivals, and decides for itself from what it sees:
+its own queue and hop, and the STATUS of the shared fog and cloud (`env.sharing`). If all decide at
+the same moment, all may leave for an empty fog together and come back together. So every adaptive
+arm runs
+
+- `at once`: all edges decide once a second, at the same moment;
+- `staggered`: each does so at a moment of its own;
+- `per request`: every 0.2 s, which stands for `--per-request` of the executor;
+- `counting`: likewise, and shown what the others use of each shared node and hop.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +37,7 @@ from agents.cli import (
 )
 from agents.controllers import ARMS
 from agents.crowd import INTERVAL_S, LEAST_ROWS, STEP_S, Crowd, crowd_model
+from agents.paper import PaperSettings
 from agents.provenance import provenance
 from agents.runtime import Checkpoint
 from env.scenario import Scenario
@@ -45,6 +52,7 @@ __all__ = ["main"]
 USUAL_ARMS = "static,best-static,paper-1s,solver,policy,policy-all"
 TRAINED = ("policy", "policy-zeroed", "guarded")
 MOST_EDGES = 1000
+STARTUP_S = 30
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,9 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--startup-s",
         type=positive_int,
-        default=80,
-        help="seconds before it, left out (default: 80, enough for the reference's start-up where "
-        "the fog is not crowded)",
+        help="seconds before it, left out (default: 30, or where the reference's scheduler takes "
+        "part, what its start-up takes an edge alone)",
     )
     add("--profile", type=Path, help="profile JSON (default: the checkpoint's, else a synthetic)")
     add("--checkpoint", type=Path, help="directory (default: checkpoints/MODEL)")
@@ -115,7 +122,8 @@ def _main(args: argparse.Namespace) -> int:
         for edges in sizes:
             factor = edges if args.capacity == "grows" else 1
             slow, fast = (crowd_model(profile, args.rate, s, factor) for s in (INTERVAL_S, STEP_S))
-            crowd = Crowd(slow, fast, edges, args.seeds, args.seconds, args.startup_s)
+            startup_s = args.startup_s or _startup_s(arms, slow.rate_rps())
+            crowd = Crowd(slow, fast, edges, args.seeds, args.seconds, startup_s)
             for arm in arms:
                 bar.update(task, note=f"{edges} edges, {arm}")
                 crowd.run(arm, checkpoint)
@@ -139,6 +147,15 @@ def _arms(text: str, directory: Path) -> list[str]:
     if text == USUAL_ARMS and not (directory / "policy.npz").exists():
         arms = [name for name in arms if name not in TRAINED]
     return arms
+
+
+def _startup_s(arms: list[str], rate_rps: float) -> int:
+    """Seconds left out; the reference's scheduler starts with so many requests."""
+    if not any(arm.startswith("paper") for arm in arms):
+        return STARTUP_S
+    settings = PaperSettings()
+    requests = settings.startup_static + 3 * settings.startup_probe
+    return STARTUP_S + math.ceil(1.2 * requests / rate_rps)
 
 
 def _profile(args: argparse.Namespace, directory: Path) -> tuple[Profile, str]:

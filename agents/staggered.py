@@ -1,8 +1,12 @@
-"""Many edges that decide on their own, at the same moments or each at its own.
+"""Many edges that decide on their own: at the same moments or each at its own, alone or not.
 
 The simulator goes in short steps; an edge decides once per longer interval, at its phase. Between
 its decisions its plan holds, and what the steps returned is put together, so a controller sees the
 same as if the system itself went in its intervals.
+
+The queue-aware prediction knows of others only the queue they have left by now, and believes that
+it runs out unless this edge adds to it. `CountingOthers` takes away from every shared node and hop
+what others use of it.
 """
 
 from __future__ import annotations
@@ -20,9 +24,12 @@ from env.predict import CostModel
 from env.state import SystemState
 from env.system import Completed, StepResult
 
-__all__ = ["Staggered"]
+__all__ = ["CountingOthers", "Staggered"]
 
+F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
+
+MOST_BUSY = 0.95  # others leave at least the rest of a node or hop
 
 
 @dataclass
@@ -123,3 +130,31 @@ def _of(rows: I64, seen: list[StepResult], batch: int) -> Completed | None:
     env = place[joined["env"]]
     mine = env >= 0
     return Completed(**{**{k: v[mine] for k, v in joined.items()}, "env": env[mine]})
+
+
+class CountingOthers:
+    """A controller that is shown what others leave of the shared nodes and hops.
+
+    Args:
+        inner: Decides.
+        others_busy: Gives the share [B, S] of each station that others use
+            (`env.sharing.SharingSimulator.others_busy`).
+    """
+
+    def __init__(self, inner: Controller, others_busy: Callable[[], F64]) -> None:
+        self.name = inner.name
+        self._inner, self._others_busy = inner, others_busy
+
+    def reset(self, model: CostModel, batch: int) -> None:
+        """Start anew."""
+        self._inner.reset(model, batch)
+
+    def decide(self, state: SystemState, last: StepResult | None = None) -> Decision:
+        """Decide on the slower nodes and hops that others leave."""
+        left = 1.0 - np.minimum(self._others_busy(), MOST_BUSY)
+        slower = replace(
+            state,
+            node_load=1.0 - (1.0 - state.node_load) * left[:, 0::2],
+            bytes_per_s=state.bytes_per_s * left[:, 1::2],
+        )
+        return self._inner.decide(slower, last)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from env._accounting import Measured
-from env._stations import Departures, Rates, RequestStore, Station
+from env._stations import Departures, Rates, RequestStore, Station, sums
 from env.conditions import ConditionsSource, IntervalConditions
 from env.cost import IntervalRecord
 from env.predict import CostModel
@@ -81,6 +81,10 @@ class _SharedStation(Station):
         one: A station of every edge's own.
         first: [B] the first edge of each one's group.
         edges: Edges per group.
+
+    Attributes:
+        own_share: [B] each edge's share of the work that departed in the last interval; equal parts
+            where none did.
     """
 
     def __init__(self, one: Station, first: I64, edges: int) -> None:
@@ -89,6 +93,11 @@ class _SharedStation(Station):
         self._lag_bound_s = one._lag_bound_s
         self._first, self._edges = first, edges
 
+    def clear(self) -> None:
+        """Forget every request."""
+        super().clear()
+        self.own_share: F64 = np.zeros(self.batch)
+
     def serve(self, store: RequestStore, coming: Flow, rates: Rates, dt_s: float) -> Departures:
         """As of any station. Every edge sees the backlog; time and work are shared out evenly.
 
@@ -96,6 +105,10 @@ class _SharedStation(Station):
         """
         seen = cast(RequestStore, _Seen(store, self._first))
         left = super().serve(seen, coming, rates, dt_s)
+        own = sums(store.env.take(left.slot), left.work, self.batch)
+        everyone = left.departed_work.take(self._first)
+        part = np.full(self.batch, 1.0 / self._edges)
+        self.own_share = np.divide(own, everyone, out=part, where=everyone > 0)
         left.backlog = left.backlog.take(self._first)
         left.spent = left.spent.take(self._first) / self._edges
         left.busy_s = left.busy_s.take(self._first) / self._edges
@@ -116,6 +129,10 @@ class SharingSimulator(Simulator):
         edges: Edges per group E.
         conditions: Of all G E edges; it is made common to groups here.
         record_requests: As `Simulator`.
+
+    Attributes:
+        others_busy: [B, S] share of the last seconds in which each station (node 0, hop 0, node 1,
+            ...) served other edges' requests; smoothed as arrivals are.
 
     Raises:
         ConfigError: Late binding, whose fog looks at one edge alone; or no whole groups.
@@ -153,7 +170,19 @@ class SharingSimulator(Simulator):
             most = self._grouped(shared).max(axis=1)
             shared[:] = 0.0
             shared[:: self.edges] = most
-        return super().step(cuts, probe_bytes)
+        result = super().step(cuts, probe_bytes)
+        busy_s = np.empty_like(self.others_busy)
+        busy_s[:, 0::2], busy_s[:, 1::2] = result.record.node_busy_s, result.record.hop_transmit_s
+        for s, station in enumerate(self._stations):
+            own = station.own_share if isinstance(station, _SharedStation) else 1.0
+            now = busy_s[:, s] * self.edges / self._dt_s * (1.0 - own)
+            self.others_busy[:, s] += self._smoothing * (now - self.others_busy[:, s])
+        return result
+
+    def reset(self, seed: int | None = None) -> SystemState:
+        """As `Simulator.reset`."""
+        self.others_busy = np.zeros((self.batch, self._chain.n_stations))
+        return super().reset(seed)
 
     def restore(
         self, snapshot: Snapshot, index: I64, conditions: ConditionsSource | None = None
