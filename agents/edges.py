@@ -115,7 +115,7 @@ def _main(args: argparse.Namespace) -> int:
     checkpoint = Checkpoint.load(directory, name) if set(arms) & set(TRAINED) else None
     profile, origin = _profile(args, directory)
     console = Console()
-    console.width = max(console.width, 132)
+    console.width = max(console.width, 150)
     crowds = []
     with progress(console) as bar:
         task = bar.add_task("edges", total=len(sizes) * len(arms), note="")
@@ -162,7 +162,7 @@ def _profile(args: argparse.Namespace, directory: Path) -> tuple[Profile, str]:
     """The profile, and in words where it comes from."""
     scenario = Scenario.load()
     stored = args.profile or directory / "profile.json"
-    if args.profile is None and not stored.exists():
+    if args.profile is None and args.checkpoint is None and not stored.exists():
         return synthetic_model(args.model, scenario), "synthetic"
     return load_profile(stored, args.model, scenario), "stored"
 
@@ -170,13 +170,14 @@ def _profile(args: argparse.Namespace, directory: Path) -> tuple[Profile, str]:
 def _table(name: str, found: dict[str, Any]) -> Table:
     title = (
         f"{name}: {found['edges']} edges, {found['rate_rps']:.2f} requests/s each, "
-        f"{found['groups']} conditions"
+        f"{found['groups']} conditions; max/min: of the shares served; switches a minute"
     )
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("arm", "decide", "cost", "/ best static (95 %)", "p50 s", "p95 s", "edge J",
-                   "total J", "lost %", "late %", "served max/min", "switches/min", "leave %",
+                   "total J", "lost %", "late %", "max/min", "switches", "leave %",
                    "fog %", "us"):  # fmt: skip
-        table.add_column(column, justify="left" if column in ("arm", "decide") else "right")
+        left = column in ("arm", "decide")
+        table.add_column(column, justify="left" if left else "right", no_wrap=True)
     for r in found["arms"]:
         ratio, served = r.get("ratio"), r["served"]["ratio"]
         table.add_row(
