@@ -85,8 +85,8 @@ def test_a_transformer_stands_in_by_its_operations(capsys, monkeypatch) -> None:
     profile = reference_profile(model_spec("vit_b_16"), Scenario.load("paper"))
     whole_ms = 1e3 * profile.work_prefix_s()[:, -1]
     ratio = whole_ms / np.array(measured()["vgg16"].single_ms)
-    # 17.6 against 15.5 GFLOP, and more bytes.
-    assert ratio == pytest.approx(ratio[0]) and 1.0 < ratio[0] < 1.5
+    # 17.6 against 15.5 GFLOP, but 86 against 138 million weights.
+    assert ratio == pytest.approx(ratio[0]) and 0.9 < ratio[0] < 1.15
     assert paper_tables.main(["--models", "vit_b_16", "--requests", "3"]) == 0
     shown = capsys.readouterr().out
     assert "vit_b_16" in shown and "(13, 27)" in shown and "best cost" in shown
