@@ -345,6 +345,8 @@ def text_tables(result: dict[str, Any]) -> list[TextTable]:
             parts.append((title, ARM_COLUMNS, arm_rows(result, reading, rule)))
     tables = []
     for title, columns, rows in parts:
+        if not rows:  # a reading of none of the models
+            continue
         table = TextTable(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         for k, column in enumerate(columns):
             table.add_column(column, justify="left" if k < 3 else "right", no_wrap=True)
