@@ -211,13 +211,16 @@ class Crowd:
     def _keep(self, arm: str, when: str, run: ArmRun, decide_s: list[float]) -> None:
         rows = per_row(run, self.fast)
         arrived = self._by_group(run.steady.arrived.astype(np.float64))
-        cost = (self._by_group(rows["cost"]) * arrived).sum(axis=1) / arrived.sum(axis=1)
+        paid = (self._by_group(rows["cost"]) * arrived).sum(axis=1)
+        cost = paid / np.maximum(arrived.sum(axis=1), 1.0)
         self._cost[arm, when] = cost
         spent = run.spent
         energy = Cost(self.fast.profile, self.fast.references, self.fast.scenario).energy(spent)
-        completed = max(int(spent.completed.sum()), 1)
+        completed, submitted = max(int(spent.completed.sum()), 1), int(run.steady.arrived.sum())
         served = np.bincount(run.latency_row, minlength=run.rows)
-        share = self._by_group(served / np.maximum(run.steady.arrived, 1))
+        all_of_none = np.ones(run.rows)
+        share = np.divide(served, run.steady.arrived, out=all_of_none, where=run.steady.arrived > 0)
+        share = self._by_group(share)
         least, most = share.min(axis=1), share.max(axis=1)
         p50, p95 = np.percentile(run.latency_s, [50, 95]) if len(run.latency_s) else (0.0, 0.0)
         decide_us = 1e6 * np.array(decide_s or [0.0])
@@ -229,7 +232,7 @@ class Crowd:
                 "latency_s": {"p50": float(p50), "p95": float(p95)},
                 "edge_j": float(energy.edge_full_j.sum()) / completed,
                 "total_j": float(energy.total_full_j.sum()) / completed,
-                "lost": float(1.0 - served.sum() / max(int(run.steady.arrived.sum()), 1)),
+                "lost": 1.0 - int(served.sum()) / submitted if submitted else 0.0,
                 "late": float((run.latency_s > self.fast.references.deadline_s).mean())
                 if len(run.latency_s)
                 else 0.0,

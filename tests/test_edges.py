@@ -176,6 +176,16 @@ def test_best_static_is_the_best_common_plan(monkeypatch: pytest.MonkeyPatch) ->
         assert (found <= 1.01 * cost(np.tile(cuts, (6, 1)))).all()
 
 
+def test_an_edge_without_requests_is_served_all_of_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crowd, "LEAST_ROWS", 1)
+    profile = synthetic_model("alexnet", Scenario.load())
+    slow, fast = (crowd_model(profile, 1e-6, s) for s in (1.0, 0.2))
+    quiet = Crowd(slow, fast, 3, 2, 2, 1)
+    quiet.run("edge", None)
+    row = quiet.results()["arms"][0]
+    assert row["cost"] == row["lost"] == 0.0 and row["served"]["ratio"] == 1.0
+
+
 def test_command(tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(crowd, "LEAST_ROWS", 1)
     out = tmp_path / "out.json"
