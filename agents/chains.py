@@ -11,6 +11,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ from env.simulator import Simulator
 from env.synthetic import synthetic_model
 from executor.errors import ConfigError
 from executor.files import write_json
+from executor.model import model_spec
 from executor.modelref import model_label
+from executor.plan import candidate_plans
 
 __all__ = ["chain_scenario", "main", "study"]
 
@@ -38,6 +41,7 @@ SEED = 9000
 STARTUP = 10
 SLOWEST, FASTEST = 12.0, 1.0
 TIMED = 300
+MOST_PLANS = 20000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,6 +67,7 @@ def _main(args: argparse.Namespace) -> int:
     lengths = [int(x) if x.isdigit() else 0 for x in args.nodes.split(",")]
     if not all(2 <= n <= 8 for n in lengths):
         raise ConfigError(f"--nodes must be numbers from 2 to 8 like 2,3,4, got {args.nodes!r}")
+    _check_plans(args.model, lengths)
     console = Console()
     console.width = max(console.width, 100)
     with progress(console) as bar:
@@ -91,6 +96,18 @@ def _main(args: argparse.Namespace) -> int:
         result = {"model": model_label(args.model), "rows": rows, "made": made}
         write_json(args.json, result)
     return 0
+
+
+def _check_plans(model_name: str, lengths: Sequence[int]) -> None:
+    """Raise ConfigError where brute force would have too many plans to try."""
+    cuts = len(candidate_plans(model_spec(model_name), 2))
+    for n_nodes in lengths:
+        plans = comb(cuts + n_nodes - 2, n_nodes - 1)
+        if plans > MOST_PLANS:
+            raise ConfigError(
+                f"{model_label(model_name)} has {plans} plans on {n_nodes} nodes, and at most "
+                f"{MOST_PLANS} are tried: give fewer --nodes"
+            )
 
 
 def chain_scenario(n_nodes: int, changing: bool) -> Scenario:

@@ -26,11 +26,14 @@ from env.conditions import BYTES_PER_S_PER_MBPS, mean_delay_s
 from env.predict import CostModel
 from env.scenario import Scenario
 from env.splits import Condition, split
+from env.synthetic import synthetic_model
 from executor.errors import ConfigError
 from executor.modelref import model_label
 from executor.profile import Profile
 
 __all__ = ["compare", "hop_class"]
+
+log = logging.getLogger(__name__)
 
 POLICY_ARMS = ("policy-zeroed", "policy", "guarded")
 LAN_RTT_S = 0.010
@@ -268,7 +271,11 @@ def _arms(text: str | None, directory: Path, n_nodes: int, console: Console) -> 
 
 
 def _profile(args: argparse.Namespace, directory: Path, scenario: Scenario) -> Profile:
-    """The profile named; else, for the testbed, a fresh one, and for the simulator the stored."""
+    """The profile named; else, for the testbed, a fresh one, and for the simulator the stored.
+
+    Where no checkpoint is named and none is shipped for the model, the simulator gets a synthetic
+    profile; the results name its meter.
+    """
     measured = args.profile is None and args.backend == "testbed"
     instead = "else the profile says it (one made by `python train.py --transfer`)"
     transfers(args.transfer, len(scenario.hops), measured, instead)
@@ -277,6 +284,9 @@ def _profile(args: argparse.Namespace, directory: Path, scenario: Scenario) -> P
             return system.model.profile
     path = args.profile or directory / "profile.json"
     if args.profile is None and not path.exists():
+        if args.checkpoint is None:
+            log.warning("no profile of %s: a synthetic one stands in", args.model)
+            return synthetic_model(args.model, scenario)
         raise ConfigError(
             f"the simulator needs a profile and {path} does not exist: give --profile FILE, or "
             f"make a checkpoint with `python train.py --model {args.model}`"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from math import comb
 
 import pytest
 
 from agents import chains
 from agents.chains import chain_scenario, study
+from executor.model import model_spec
+from executor.plan import candidate_plans
 
 
 @pytest.mark.parametrize("n_nodes", [2, 4])
@@ -41,3 +44,12 @@ def test_command(tmp_path, capsys) -> None:
     assert "brute force" in capsys.readouterr().out
     assert chains.main([*argv[:-1], "1"]) == 2
     assert "from 2 to 8 like 2,3,4, got '1'" in capsys.readouterr().err
+    assert chains.main(["--model", "vit_b_16"]) == 2
+    error = capsys.readouterr().err
+    assert "31465 plans on 5 nodes, and at most 20000 are tried: give fewer --nodes" in error
+
+
+def test_plans_are_counted_as_they_are_made() -> None:
+    for n_nodes in (2, 3, 4, 5):
+        made = len(candidate_plans(model_spec("alexnet"), n_nodes))
+        assert made == comb(9 + n_nodes - 2, n_nodes - 1)

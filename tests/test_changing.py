@@ -91,6 +91,16 @@ def test_command_at_two_paces(tmp_path, capsys) -> None:
     assert "every 3 s" in capsys.readouterr().out
 
 
+def test_a_model_without_a_checkpoint_gets_a_synthetic_profile(tmp_path) -> None:
+    out = tmp_path / "out.json"
+    argv = ["--model", "squeezenet1_1", "--arms", "solver", "--seeds", "2", "--intervals", "4"]
+    argv += ["--startup-s", "1", "--rates", "0.3", "--change-every", "1", "--json", str(out)]
+    assert evaluate.main(argv) == 0
+    result = json.loads(out.read_text())
+    assert set(result["meters"]["profiled_with"].values()) == {"synthetic"}
+    assert result["arms"]["solver"]["requests"]["submitted"] > 0
+
+
 def test_a_guard_for_each_environment_decides_as_it_would_alone() -> None:
     scenario = Scenario.load().replace(capacity_fraction=0.4)
     model = CostModel(synthetic_profile(model_spec("alexnet"), scenario), scenario)

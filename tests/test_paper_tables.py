@@ -80,6 +80,21 @@ def test_static_matched_takes_as_long_as_its_static_split(monkeypatch) -> None:
     assert arms["static"]["latency_ms"] == pytest.approx(measured()["mobilenet_v2"].static_ms)
 
 
+def test_a_transformer_stands_in_by_its_operations(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(paper_tables, "STARTUP", 5)
+    profile = reference_profile(model_spec("vit_b_16"), Scenario.load("paper"))
+    whole_ms = 1e3 * profile.work_prefix_s()[:, -1]
+    ratio = whole_ms / np.array(measured()["vgg16"].single_ms)
+    # 17.6 against 15.5 GFLOP, but 86 against 138 million weights.
+    assert ratio == pytest.approx(ratio[0]) and 0.9 < ratio[0] < 1.15
+    argv = ["--models", "vit_b_16", "--requests", "3", "--report", str(tmp_path)]
+    assert paper_tables.main(argv) == 0
+    assert "static matched" not in (tmp_path / "index.html").read_text()
+    shown = capsys.readouterr().out
+    assert "vit_b_16" in shown and "(13, 27)" in shown and "best cost" in shown
+    assert "reported" not in shown and "static matched" not in shown
+
+
 def test_constrained_plans_are_all_that_obey_the_rule() -> None:
     for name in measured():
         spec = model_spec(name)

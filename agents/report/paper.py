@@ -36,6 +36,8 @@ def write_page(result: dict[str, Any], directory: Path) -> Path:
         )
     ]
     for k, (reading, meaning) in enumerate(result["readings"].items()):
+        if not result["ours"][reading]:
+            continue
         sections.append(
             Section(
                 f"reading{k}",
