@@ -88,8 +88,7 @@ class _SharedStation(Station):
     """
 
     def __init__(self, one: Station, first: I64, edges: int) -> None:
-        bound, ties = one._work_bound * edges, one._sort == "stable"
-        super().__init__(one.index, one.batch, bound, 0.0, one._timed, ties)
+        super().__init__(one.index, one.batch, one._work_bound * edges, 0.0, one._timed)
         self._lag_bound_s = one._lag_bound_s
         self._first, self._edges = first, edges
 
