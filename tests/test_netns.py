@@ -227,9 +227,11 @@ def test_a_process_gets_its_share_of_the_cpu(clean):
         relay.admit(0, process.pid)  # a process that has ended is nobody's
 
 
+# Started in the background, this run may ignore SIGINT, and what it starts inherits that.
 SCRIPT = """
-import sys, time
+import signal, sys, time
 from executor.netns import NetnsRelay
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with NetnsRelay(["a", "b"], [1.0, 1.0], [(0, 1)]) as relay:
     print(*relay.namespaces, flush=True)
     if sys.argv[1] == "raise":
