@@ -110,6 +110,7 @@ def test_a_node_comes_back_without_the_others_and_with_other_weights_is_refused(
 def test_requests_wait_for_the_first_node(expected):
     x, output = expected
     with serving() as (chain, client):
+        until(lambda: not client.status()[0].down)  # before it is heard it counts as down
         chain.end("edge")
         until(lambda: client.status()[0].down)
         waiting = client.submit(x, Plan((3, 10)))
