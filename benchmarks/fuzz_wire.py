@@ -33,6 +33,7 @@ import numpy as np
 
 from executor import wire
 from executor._compute import FairQueue, Outcome
+from executor._json import decode_json, encode_json
 from executor._nodecore import CoreConfig, NodeCore
 from executor.codec import TRANSFERS, as_float32, encode
 from executor.energy import ConstantPowerMeter
@@ -47,8 +48,6 @@ from executor.wire import (
     array_body,
     array_of,
     attach,
-    decode_json,
-    encode_json,
     pack,
     parse,
     payload_of,
@@ -95,6 +94,7 @@ def corpus(rng: random.Random) -> Message:
     header = Header(kind, client=bytes([rng.randrange(40)]) * 16, seq=rng.randrange(50))
     header.tries, header.direct = rng.choice((0, 1, 1, 2, 255)), rng.random() < 0.2
     header.clock_s = (rng.random() * 100, rng.random() * 100, rng.random() * 100)
+    header.left_s = rng.choice((0.0, 0.01, 1.0, 15.0))
     body: bytes | memoryview | None = None
     if kind in (Kind.INFER, Kind.RESULT):
         i, j = sorted((rng.randint(0, 6), rng.randint(0, 6)))

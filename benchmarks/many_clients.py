@@ -35,6 +35,7 @@ import numpy as np
 import torch
 import zmq
 
+from executor._json import decode_json
 from executor._sockets import connect_dealer
 from executor.child import Child
 from executor.client import Client
@@ -44,9 +45,10 @@ from executor.link import PING_PERIOD_S
 from executor.model import build_chain, sample_input
 from executor.plan import Plan
 from executor.ports import HOST, reserve_port
-from executor.wire import Header, Kind, array_body, decode_json, pack, parse_header
+from executor.wire import Header, Kind, array_body, pack, parse_header
 
 WARM_UP_S = 5.0
+TIMEOUT_S = 60.0
 INPUTS = 4
 GREED = 8
 KIND_AT = 5  # a header's sixth byte
@@ -150,7 +152,7 @@ class LeanClient:
         self._task, self._agenda = task, agenda
         self._id, self._seq = uuid.uuid4().bytes, 0
         header = Header(Kind.INFER, client=self._id, cuts=task.plan.cuts, digest=task.digest)
-        header.tries = 1
+        header.tries, header.left_s = 1, TIMEOUT_S
         headers = [replace(header) for _ in task.inputs]
         self._bodies = [(h, array_body(h, a)) for h, a in zip(headers, task.inputs, strict=True)]
         self._open: dict[int, Slot] = {}
@@ -223,7 +225,7 @@ def crowd(
         for i, in_flight in enumerate(flights):
             one: RealClient | LeanClient
             if i < real:
-                client = stack.enter_context(Client(cluster, max_in_flight=64, timeout_s=60.0))
+                client = stack.enter_context(Client(cluster, max_in_flight=64, timeout_s=TIMEOUT_S))
                 client.connect(60.0)
                 one = RealClient(client, task, agenda)
             else:

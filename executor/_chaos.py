@@ -214,8 +214,9 @@ class Outcome:
         around_s: From its start (or the first request after it that wanted to cross it, if none
             was under way) to the first completion that went around it; None where that has no
             meaning.
-        normal_s: From its end (or the first such request after it) to the first completion, at the
-            first try, that crossed what was broken; None likewise.
+        normal_s: From its end until the client saw the chain whole, and from the first such request
+            after that to the first completion, at the first try, that crossed what was broken. (In
+            between nobody asked.) None likewise.
         plan: The plan that went around.
         normal_plan: The plan of the first completion as asked.
         note: What else was seen.
@@ -267,14 +268,26 @@ def inject(fault: Fault, ground: Ground, load: Load, start_s: float) -> Outcome:
     mended_s = time.monotonic()
     outcome.held_s = mended_s - struck_s
     # After every fault, so that none is charged with what the one before it left waiting.
-    outcome.normal_s, first = load.first(
-        mended_s,
+    whole_s = _until_whole(ground.client, mended_s + NORMAL_TIMEOUT_S)
+    normal_s, first = load.first(
+        whole_s,
         NORMAL_TIMEOUT_S,
-        lambda t: t.submitted_s >= mended_s and (hop is None or _crosses(t, hop, load)),
+        lambda t: t.submitted_s >= whole_s and (hop is None or _crosses(t, hop, load)),
         lambda t: _as_asked(t) and (hop is None or not t.avoided(hop)),
     )
+    outcome.normal_s = None if normal_s is None else whole_s - mended_s + normal_s
     outcome.normal_plan = first.plan.cuts if first is not None else None
     return outcome
+
+
+def _until_whole(client: Client, until_s: float) -> float:
+    """Wait until the client sees every node and hop up; returns when that was, or `until_s`."""
+    while (now_s := time.monotonic()) < until_s:
+        nodes = client.status().values()
+        if not any(node.down for node in nodes) and all(n.hop_up is not False for n in nodes):
+            return now_s
+        time.sleep(0.01)
+    return until_s
 
 
 def _crosses(ticket: Ticket, hop: int, load: Load) -> bool:

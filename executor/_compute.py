@@ -22,7 +22,7 @@ from executor.profile import Conversion
 from executor.profiler import profile_conversions, profile_units
 from executor.wire import Header, payload_of
 
-__all__ = ["Computer", "FairQueue", "Job", "Outcome", "WorkEstimate"]
+__all__ = ["Computer", "FairQueue", "Job", "Outcome", "WorkEstimate", "turn_until_s"]
 
 _log = logging.getLogger(__name__)
 _SMOOTHING = 0.3
@@ -41,6 +41,7 @@ class Job:
         stop: One past the last unit; `start` where the input only is to be encoded for the hop.
         profile_repeats: Timed passes per unit; 0 for a stage.
         choose: Gives another `stop` when the stage's turn has come (late binding).
+        until_s: When its turn must have come (the node's clock); after that it is not run.
         abandoned: Set, from any thread, when nobody wants the output any more: a stage under way
             ends before its next unit.
     """
@@ -51,6 +52,7 @@ class Job:
     stop: int = 0
     profile_repeats: int = 0
     choose: Callable[[], int] | None = None
+    until_s: float = float("inf")
     abandoned: bool = False
 
 
@@ -88,6 +90,7 @@ class FairQueue:
         self._bound = bound
         self._lock = threading.Lock()
         self._jobs: FairBuffer[Job] = FairBuffer()
+        self._overdue: list[Job] = []
         self._closed = False
 
     def __len__(self) -> int:
@@ -110,26 +113,41 @@ class FairQueue:
             self._jobs.put(job.header.client, job)
             return displaced
 
-    def get(self) -> Job | None:
-        """The next job; None if there is none, or once the queue is closed."""
+    def get(self, now_s: float = float("-inf")) -> Job | None:
+        """The next job that is not overdue; None if there is none, or once the queue is closed."""
         with self._lock:
-            return self._jobs.take() if self._jobs and not self._closed else None
+            if self._closed:
+                return None
+            self._set_aside(now_s)
+            return self._jobs.take() if self._jobs else None
+
+    def overdue(self, now_s: float) -> list[Job]:
+        """Take out the jobs whose turn did not come in time, those that `get` passed over too."""
+        with self._lock:
+            self._set_aside(now_s)
+            out, self._overdue = self._overdue, []
+            return out
 
     def discard(self, client: bytes, seq: int) -> None:
         """Take a request's job out, if it still queues."""
         with self._lock:
-            self._jobs.discard(client, lambda job: job.header.seq == seq)
+            self._jobs.discard(lambda job: job.header.seq == seq, client)
 
     def close(self) -> None:
         """Forget what is queued and let `get` return None."""
         with self._lock:
             self._closed = True
             self._jobs.clear()
+            self._overdue.clear()
 
     def snapshot(self) -> list[Job]:
         """The queued jobs, in no particular order."""
         with self._lock:
             return self._jobs.items()
+
+    def _set_aside(self, now_s: float) -> None:
+        if self._jobs:
+            self._overdue += self._jobs.discard(lambda job: job.until_s <= now_s)
 
 
 class WorkEstimate:
@@ -297,6 +315,15 @@ class Computer:
         self.estimate.learn_profile(unit_s)
         self._conversions = {conversion.form: conversion for conversion in conversions}
         return Outcome(job, start_s, time.monotonic(), unit_s=unit_s, conversions=conversions)
+
+
+def turn_until_s(header: Header, now_s: float) -> float:
+    """When a request that came now must have its turn to be computed.
+
+    In half of the time that is left to answer it: it may have to wait elsewhere, too, and what is
+    answered too late has cost others their turn.
+    """
+    return now_s + 0.5 * header.left_s if header.left_s else float("inf")
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:

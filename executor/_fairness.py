@@ -143,17 +143,22 @@ class FairBuffer(Generic[T]):
             del self._clients[greediest]
         return item
 
-    def discard(self, client: bytes, unwanted: Callable[[T], bool]) -> None:
-        """Take a client's unwanted items out."""
-        items = self._clients.get(client)
-        if items is None:
-            return
-        kept = collections.deque(item for item in items if not unwanted(item))
-        self._length -= len(items) - len(kept)
-        if kept:
-            self._clients[client] = kept
-        else:
-            del self._clients[client]
+    def discard(self, unwanted: Callable[[T], bool], client: bytes | None = None) -> list[T]:
+        """Take the unwanted items out, a client's or everybody's; returns them."""
+        out: list[T] = []
+        for name in list(self._clients) if client is None else [client]:
+            items = self._clients.get(name, ())
+            gone = [item for item in items if unwanted(item)]
+            if not gone:
+                continue
+            kept = collections.deque(item for item in items if not unwanted(item))
+            if kept:
+                self._clients[name] = kept
+            else:
+                del self._clients[name]
+            out += gone
+        self._length -= len(out)
+        return out
 
     def items(self) -> list[T]:
         """What waits, in no particular order."""

@@ -118,7 +118,8 @@ class Hop:
         """Queue a request or ping, and count it until it is acknowledged."""
         parts: Parts = [pack(header)] if body is None else [pack(header), body]
         if header.kind is Kind.INFER:
-            self.outbox.add_request(header, parts)
+            until_s = now_s + header.left_s if header.left_s else float("inf")
+            self.outbox.add_request(header, parts, until_s)
         else:
             self.outbox.append(parts, header)
         self._unacked.append((_key(header), header.body_bytes, now_s))
@@ -140,11 +141,21 @@ class Hop:
         """
         displaced = self.outbox.displace(client)
         if displaced is not None:
-            position = self._position(displaced)
-            if position is not None:
-                del self._unacked[position]
-                self._recount()
+            self._take_back([displaced])
         return displaced
+
+    def overdue(self, now_s: float) -> list[Header]:
+        """Take out the requests that still wait here, and that nobody waits for any more."""
+        out = self.outbox.overdue(now_s)
+        if out:
+            self._take_back(out)
+        return out
+
+    def _take_back(self, headers: list[Header]) -> None:
+        """Requests were taken out of the outbox: no acknowledgement will come for them."""
+        keys = {_key(header) for header in headers}
+        self._unacked = collections.deque(e for e in self._unacked if e[0] not in keys)
+        self._recount()
 
     def _on_handed(self, header: Header) -> None:
         """A request or ping was sent: it may have overtaken others in the outbox."""

@@ -17,10 +17,11 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from executor._compute import FairQueue, Job, Outcome
+from executor._compute import FairQueue, Job, Outcome, turn_until_s
 from executor._coreconfig import CoreConfig
 from executor._fairness import Crowd
 from executor._hop import Hop, Parts, ProbeRun, hop_status, localise, short
+from executor._json import decode_json, encode_json
 from executor._limits import PeerLimits, Routes
 from executor._listeners import STATUS_PERIOD_S, Listeners
 from executor._requests import Refusal, check_size, over_rate, seconds, split, stage_of, whole
@@ -30,18 +31,7 @@ from executor.energy import Meter
 from executor.errors import FrameDamaged, WireError
 from executor.late import chooser, rebound
 from executor.plan import next_node, plan_of
-from executor.wire import (
-    Header,
-    HopStamp,
-    Kind,
-    StageStamp,
-    array_body,
-    attach,
-    check_body,
-    decode_json,
-    encode_json,
-    pack,
-)
+from executor.wire import Header, HopStamp, Kind, StageStamp, array_body, attach, check_body, pack
 
 __all__ = ["CoreConfig", "NodeCore"]
 
@@ -254,6 +244,7 @@ class NodeCore:
                 self._error(lost.request, "failed", "the probe got no answer")
             if link.connected and link.is_stuck(now_s):
                 self.stuck.append(link)
+        self._let_go(now_s)
         if now_s < self._next_status_s:
             return
         self._next_status_s = max(self._next_status_s, now_s) + STATUS_PERIOD_S
@@ -291,10 +282,12 @@ class NodeCore:
             header.hops[k - 1] = HopStamp(sent_s, now_s, self._last_received_s)
             self._last_received_s = now_s
         way = Way(identity, header)
+        until_s = turn_until_s(header, now_s)
         if old is not None and old.job is not None:
             if (old.job.start, old.job.stop) == (start, stop):
                 self.duplicates += 1
                 way.job = old.job
+                way.job.until_s = until_s
             else:
                 self._abandon(old)
         self._ways.enter(way)
@@ -306,7 +299,7 @@ class NodeCore:
         if start == stop and not (plain and config.transfer != "float32"):
             self._send_down(header, body, now_s)
         elif way.job is None:
-            way.job = Job(header, body, start, stop, choose=choose)
+            way.job = Job(header, body, start, stop, choose=choose, until_s=until_s)
             self._enqueue(way.job, now_s)
 
     def _abandon(self, way: Way) -> None:
@@ -329,6 +322,15 @@ class NodeCore:
         if out is not None:
             self._refuse(out.header, refusal, now_s)
 
+    def _let_go(self, now_s: float) -> None:
+        """Refuse what waits to be computed for too long, and forget what nobody waits for."""
+        reason = "its turn did not come in half of the time left to answer it; send slower"
+        for job in self._jobs.overdue(now_s):
+            self._refuse(job.header, Refusal("refused", reason, full=True), now_s)
+        for link in self.links:
+            for header in link.overdue(now_s):
+                self._ways.drop(header)
+
     def _send_down(self, header: Header, body: memoryview | None, now_s: float) -> None:
         n_units, k = self.config.spec.n_units, self.config.index
         links = {k: self.config.direct} if header.direct and self.config.direct else None
@@ -337,17 +339,19 @@ class NodeCore:
         assert link is not None
         self._check_link(link)
         if link.backlog_frames >= self.config.max_queue:
-            refusal = Refusal(
-                "refused",
-                f"{link.backlog_bytes} bytes wait on its hop "
-                f"({self.config.max_queue} requests); send slower",
-                full=True,
-            )
+            waits = f"{link.backlog_bytes} bytes wait on its hop"
+            reason = f"{waits} ({self.config.max_queue} requests); send slower"
+            refusal = Refusal("refused", reason, full=True)
             displaced = link.displace(header.client)
             if displaced is None:
                 raise refusal
             self._refuse(displaced, refusal, now_s)
         header.clock_s = (now_s, 0.0, 0.0)
+        if header.left_s:
+            header.left_s -= now_s - header.stages[k].arrive_s
+            if header.left_s <= 0.0:
+                self._ways.drop(header)
+                return
         # A direct link's stamps stand at the last of the hops that it leads past.
         header.hops[link.target - 1] = HopStamp(sent_s=now_s)
         way = self._ways.get(header)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 from collections.abc import Callable
 
 from executor._fairness import FairBuffer
@@ -22,7 +23,7 @@ class Outbox:
 
     def __init__(self, on_handed: Callable[[Header], None]) -> None:
         """Start empty; `on_handed` gets the header of each message taken out that has one."""
-        self._requests: FairBuffer[tuple[Header, Parts]] = FairBuffer()
+        self._requests: FairBuffer[tuple[Header, Parts, float]] = FairBuffer()
         self._others: collections.deque[tuple[int, Header | None, Parts]] = collections.deque()
         self._taken = 0
         self._on_handed = on_handed
@@ -40,9 +41,9 @@ class Outbox:
         """Add a message that is no request; with its header if `on_handed` wants to know."""
         self._others.append((self._taken + len(self._requests), header, parts))
 
-    def add_request(self, header: Header, parts: Parts) -> None:
-        """Add a request."""
-        self._requests.put(header.client, (header, parts))
+    def add_request(self, header: Header, parts: Parts, until_s: float = math.inf) -> None:
+        """Add a request, which nobody waits for after `until_s`."""
+        self._requests.put(header.client, (header, parts, until_s))
 
     def popleft(self) -> Parts:
         """Take out the next message."""
@@ -50,7 +51,7 @@ class Outbox:
         if self._other_is_next():
             _, header, parts = self._others.popleft()
         else:
-            header, parts = self._requests.take()
+            header, parts, _ = self._requests.take()
             self._taken += 1
         if header is not None:
             self._on_handed(header)
@@ -60,6 +61,10 @@ class Outbox:
         """Make room for a request of `client`: `FairBuffer.displace`."""
         displaced = self._requests.displace(client)
         return None if displaced is None else displaced[0]
+
+    def overdue(self, now_s: float) -> list[Header]:
+        """Take out the requests that nobody waits for any more."""
+        return [header for header, *_ in self._requests.discard(lambda item: item[2] <= now_s)]
 
     def clear(self) -> None:
         """Forget all that waits."""

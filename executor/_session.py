@@ -21,6 +21,7 @@ import zmq
 from numpy.typing import NDArray
 
 from executor._hop import Hop, Parts, localise
+from executor._json import decode_json
 from executor._pending import Pending, PendingTable
 from executor._records import (
     NodeStatus,
@@ -44,14 +45,7 @@ from executor.cluster import Cluster
 from executor.errors import RequestError, RequestRefused, RequestTimeout, WireError
 from executor.plan import Plan
 from executor.recovery import Complete, Counts, Fail, Instruction, Recovery, Send
-from executor.wire import (
-    Header,
-    Kind,
-    array_of,
-    check_body,
-    decode_json,
-    pack,
-)
+from executor.wire import Header, Kind, array_of, check_body, pack
 
 if TYPE_CHECKING:
     import torch
@@ -98,7 +92,7 @@ class Session:
         self._endpoint = cluster.nodes[0].connect_endpoint()
         self._events: deque[Callable[[float], None]] = deque()
         self._control: deque[Parts] = deque()
-        self._inputs: deque[Parts] = deque()
+        self._inputs: deque[Send] = deque()
         self._lock = threading.Lock()
         self._lock_sockets = threading.Lock()  # whoever holds it may use sockets and recovery
         self._status: dict[int, NodeStatus] = {}
@@ -317,12 +311,32 @@ class Session:
             )
 
     def _send_everything(self) -> None:
-        for queue in (self._hop.outbox, self._control, self._inputs):
-            if queue:
-                with contextlib.suppress(zmq.Again):
-                    while queue:
-                        send_parts(self._dealer, queue[0])
-                        queue.popleft()
+        with contextlib.suppress(zmq.Again):  # what waits for one of them waits for all
+            for queue in (self._hop.outbox, self._control):
+                while queue:
+                    send_parts(self._dealer, queue[0])
+                    queue.popleft()
+            while self._inputs:
+                parts = self._input(self._inputs[0])
+                if parts is not None:
+                    send_parts(self._dealer, parts)
+                self._inputs.popleft()
+
+    def _input(self, instruction: Send) -> Parts | None:
+        """A request as it is sent now; None if it has ended meanwhile, or is about to."""
+        pending = self._requests.get(instruction.seq)
+        if pending is None or pending.header is None:
+            return None
+        header, tables = pending.header, pending.header.late
+        header.left_s = pending.deadline_s - time.monotonic()
+        if header.left_s <= 0.0:
+            return None
+        header.seq, header.cuts = instruction.seq, instruction.plan.cuts
+        header.tries, header.direct = instruction.tries, instruction.direct
+        header.late = tables if instruction.late else ()
+        parts: Parts = [pack(header), pending.body or b""]
+        header.late = tables
+        return parts
 
     def _on_link(self, up: bool) -> None:
         """The connection to the first node was made, or broke with all that was under way on it."""
@@ -473,14 +487,7 @@ class Session:
     def _carry_out(self, instructions: Sequence[Instruction]) -> None:
         for instruction in instructions:
             if isinstance(instruction, Send):
-                pending = self._requests.get(instruction.seq)
-                if pending is not None and pending.header is not None:
-                    header, tables = pending.header, pending.header.late
-                    header.seq, header.cuts = instruction.seq, instruction.plan.cuts
-                    header.tries, header.direct = instruction.tries, instruction.direct
-                    header.late = tables if instruction.late else ()
-                    self._inputs.append([pack(header), pending.body or b""])
-                    header.late = tables
+                self._inputs.append(instruction)
             elif isinstance(instruction, Fail):
                 ended = self._requests.settle(instruction.seq)
                 if ended is not None:

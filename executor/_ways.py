@@ -57,6 +57,12 @@ class Ways:
         """Take a request out: it is answered."""
         return self._open.pop((header.client, header.seq), None)
 
+    def drop(self, header: Header) -> None:
+        """Forget a request that nobody waits for, unless this is not its newest try."""
+        way = self.get(header)
+        if way is not None and way.header is header:
+            self.take(header)
+
     def over(self, hop: Hop) -> list[Header]:
         """The requests that wait for an answer over `hop`."""
         return [way.header for way in self._open.values() if way.hop is hop]

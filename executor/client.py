@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from executor._json import encode_json
 from executor._pending import Pending, PendingTable
 from executor._records import (
     NodeStatus,
@@ -36,7 +37,7 @@ from executor.errors import HandshakeError, RequestError
 from executor.late import CutTable, check_tables
 from executor.plan import Plan
 from executor.recovery import Counts
-from executor.wire import Header, Kind, array_body, attach, encode_json, pack
+from executor.wire import Header, Kind, array_body, attach, pack
 
 if TYPE_CHECKING:
     import torch

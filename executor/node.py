@@ -215,7 +215,7 @@ class Node:
                     if self._stopping:
                         return
                     wait_ms = self._mover.turn(until_job=True)
-                    job = self._jobs.get()
+                    job = self._jobs.get(time.monotonic())
                 if job is not None:
                     self._work(job)
                     continue
@@ -239,7 +239,7 @@ class Node:
                 self._standing_in = True
                 self._main_wake.set()
             self._mover.outcomes.append(self._computer.run(following))
-            following = self._jobs.get()
+            following = self._jobs.get(time.monotonic())
             if following is not None and following.choose is not None:
                 with self._lock:  # it chooses by what lies on the hop, so that must be there first
                     if not self._stopping:

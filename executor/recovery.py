@@ -249,6 +249,8 @@ class Recovery:
                 refused = ended or code == "refused"
                 if refused and wait_s > 0:
                     self._hold(request.asked, now_s + wait_s, reason, now_s)
+                if refused and now_s >= request.deadline_s:
+                    return [Fail(seq, "timeout", f"request {seq}: {reason}")]
                 return [Fail(seq, "refused" if refused else "failed", reason, wait_s)]
             request.plan = None
             request.losses[to] = request.losses.get(to, 0) + 1

@@ -10,7 +10,8 @@ Header, little-endian:
 
     magic "SPLT", version, kind, dtype code, number of dims, number of cuts (u16), try, flags
     request id: client uuid (16 bytes), sequence number (u64); model digest (8 bytes)
-    shape (8 x u32, unused ones 0); three clock readings (f64); body length (u64), body CRC (u32)
+    shape (8 x u32, unused ones 0); three clock readings (f64); seconds left to answer in (f64)
+    body length (u64), body CRC (u32)
     then the plan's cuts (u16 each)
     then, for INFER and RESULT: 4 f64 per node (`StageStamp`) and 3 f64 per hop (`HopStamp`)
     then, for INFER with that flag: the cut tables (`executor.late`)
@@ -20,10 +21,9 @@ Header, little-endian:
 from __future__ import annotations
 
 import functools
-import json
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from itertools import chain
@@ -33,13 +33,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from executor._checksum import crc32
+from executor._json import MAX_JSON_BYTES
 from executor.codec import Affine, coded_bytes
 from executor.errors import FrameDamaged, WireError
 from executor.late import CutTable, pack_tables, parse_tables
 
 __all__ = [
     "MAX_BODY_BYTES",
-    "MAX_JSON_BYTES",
     "NO_CLIENT",
     "NO_DIGEST",
     "Frame",
@@ -51,8 +51,6 @@ __all__ = [
     "array_of",
     "attach",
     "check_body",
-    "decode_json",
-    "encode_json",
     "pack",
     "parse",
     "parse_header",
@@ -60,18 +58,16 @@ __all__ = [
     "seal",
 ]
 
-VERSION = 2
+VERSION = 3
 MAX_BODY_BYTES = 64 * 2**20
-MAX_JSON_BYTES = 2**20
 MAX_CUTS = 63
 MAX_DIMS = 8
 MAX_TRY = 255
 NO_CLIENT = bytes(16)
 NO_DIGEST = bytes(8)
 
-_MAX_DIGITS = 32
 _MAGIC = b"SPLT"
-_FIXED = struct.Struct("<4sBBBBHBB16sQ8s8I3dQI")
+_FIXED = struct.Struct("<4sBBBBHBB16sQ8s8I4dQI")
 _CRC = struct.Struct("<I")
 _DIRECT, _LATE = 1, 2  # the flags
 _DTYPES: dict[int, np.dtype[Any]] = {
@@ -159,6 +155,9 @@ class Header:
         tries: Which sending of the request this is, from 1; 0 for what is not sent again.
         direct: Whether to take a direct link past nodes that the plan leaves empty.
         clock_s: Readings for the clock exchange: sender's send, receiver's receipt and reply.
+        left_s: Seconds from its sending on after which nobody waits for the answer any more; 0
+            where that is not said. As a duration, because no two nodes have the same clock; so the
+            time on the hop itself is not taken off.
         stages: Per node, N values (INFER and RESULT only).
         hops: Per hop, N - 1 values (INFER and RESULT only).
         late: From what nodes may pick another cut than the plan's (INFER only).
@@ -176,6 +175,7 @@ class Header:
     tries: int = 0
     direct: bool = False
     clock_s: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    left_s: float = 0.0
     stages: list[StageStamp] = field(default_factory=list)
     hops: list[HopStamp] = field(default_factory=list)
     late: tuple[CutTable, ...] = ()
@@ -232,6 +232,7 @@ def pack(header: Header) -> bytes:
             header.digest,
             *dims,
             *header.clock_s,
+            header.left_s,
             header.body_bytes,
             header.body_crc,
         ) + _rest(n, stamped).pack(
@@ -281,6 +282,7 @@ def parse_header(data: bytes | memoryview) -> Header:
         seq,
         digest,
         *dims_clock,
+        left_s,
         body_bytes,
         body_crc,
     ) = _FIXED.unpack_from(data)
@@ -298,6 +300,8 @@ def parse_header(data: bytes | memoryview) -> Header:
     clock_s = tuple(dims_clock[MAX_DIMS:])
     if not all(map(math.isfinite, clock_s)):
         raise WireError(f"clock readings must be finite, got {clock_s}")
+    if not 0.0 <= left_s < math.inf:
+        raise WireError(f"seconds left must be finite and not negative, got {left_s}")
     header = Header(
         kind,
         client,
@@ -308,6 +312,7 @@ def parse_header(data: bytes | memoryview) -> Header:
         tries=tries,
         direct=bool(flags & _DIRECT),
         clock_s=clock_s,
+        left_s=left_s,
     )
     _parse_shape(header, dtype_code, n_dims, dims_clock[:MAX_DIMS])
     _parse_plan(header, n_cuts, data, bool(flags & _LATE))
@@ -404,41 +409,6 @@ def attach(header: Header, body: bytes | memoryview) -> memoryview:
     return view
 
 
-def encode_json(value: Mapping[str, Any]) -> bytes:
-    """A JSON body.
-
-    Raises:
-        WireError: The object is too large or is not plain JSON.
-    """
-    try:
-        data = json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
-    except (TypeError, ValueError) as error:
-        raise WireError(f"not plain JSON: {error}") from error
-    if len(data) > MAX_JSON_BYTES:
-        raise WireError(f"JSON body of {len(data)} bytes is over the bound of {MAX_JSON_BYTES}")
-    return data
-
-
-def decode_json(body: bytes | memoryview | None) -> dict[str, Any]:
-    """Read a JSON body.
-
-    Raises:
-        WireError: There is none, it is too large, or it is not an object of finite values.
-    """
-    if body is None or len(body) > MAX_JSON_BYTES:
-        got = "none" if body is None else f"{len(body)} bytes"
-        raise WireError(f"expected a JSON body of at most {MAX_JSON_BYTES} bytes, got {got}")
-    try:
-        value = json.loads(
-            bytes(body), parse_float=_finite, parse_constant=_finite, parse_int=_short_int
-        )
-    except (ValueError, RecursionError) as error:
-        raise WireError(f"body is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise WireError(f"expected a JSON object, got {type(value).__name__}")
-    return value
-
-
 def array_body(header: Header, array: NDArray[Any] | Affine) -> memoryview:
     """Describe `array` in the header and give its bytes, without copying if it is contiguous.
 
@@ -482,17 +452,3 @@ def payload_of(header: Header, body: memoryview | None) -> NDArray[Any] | Affine
         return array_of(header, body)
     _check_length(header, body)
     return Affine(np.frombuffer(body, np.uint8), header.shape)
-
-
-def _short_int(text: str) -> int:
-    # Older Pythons take seconds for a number of a million digits.
-    if len(text) > _MAX_DIGITS:
-        raise ValueError(f"a number of {len(text)} digits")
-    return int(text)
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text[:32]} is not a finite number")
-    return value

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from executor._compute import FairQueue, Outcome
+from executor._json import decode_json
 from executor._nodecore import CoreConfig, NodeCore
 from executor.codec import (
     TRANSFERS,
@@ -30,7 +31,6 @@ from executor.wire import (
     Kind,
     array_body,
     array_of,
-    decode_json,
     pack,
     parse,
     parse_header,

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from executor._compute import FairQueue, Outcome
 from executor._fairness import Crowd
 from executor._hop import Hop
+from executor._json import decode_json, encode_json
 from executor._listeners import KEPT_S, PER_TURN, Listeners, silent_after_s
 from executor._nodecore import CoreConfig, NodeCore
 from executor.energy import ConstantPowerMeter
 from executor.plan import ModelSpec, Plan
 from executor.recovery import SILENT_AFTER_S, Fail, Recovery, Send
-from executor.wire import Header, Kind, array_body, attach, decode_json, encode_json, pack, parse
+from executor.wire import Header, Kind, array_body, attach, pack, parse
 
 SPEC = ModelSpec("toy", ("a", "b"), (48, 48, 40), (True, True), 1, (1, 1))
 DIGEST = b"\xab" * 8

@@ -22,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from test_metrics import get
 
 from executor._compute import FairQueue, Job, Outcome
+from executor._json import decode_json
 from executor._nodecore import CoreConfig
 from executor._watched import WatchedCore
 from executor._ways import Way
@@ -32,7 +33,7 @@ from executor.errors import RequestRefused
 from executor.model import build_chain, model_spec, sample_input
 from executor.node import Node, main
 from executor.plan import Plan
-from executor.wire import Header, Kind, array_body, decode_json, pack, parse
+from executor.wire import Header, Kind, array_body, pack, parse
 
 MODEL = "mobilenet_v2"
 N = 21

@@ -58,5 +58,6 @@ def test_a_fair_buffer_loses_nothing_and_keeps_each_client_s_order(steps):
                 assert len(model[lost[0]]) > len(model.get(key, []))
                 assert model[lost[0]].pop() == lost[1]
         elif what == "x":
-            buffer.discard(key, lambda item: item[1] % 2 == 0)
+            gone = buffer.discard(lambda item: item[1] % 2 == 0, key)
+            assert gone == [(key, n) for n in model.get(key, []) if n % 2 == 0]
             model[key] = [n for n in model.get(key, []) if n % 2]

@@ -13,6 +13,7 @@ from test_nodecore import DIGEST, SPEC, core
 
 from executor._compute import FairQueue, Outcome
 from executor._hop import Hop
+from executor._json import decode_json
 from executor._nodecore import CoreConfig, NodeCore
 from executor.energy import ConstantPowerMeter
 from executor.errors import ConfigError, WireError
@@ -22,7 +23,7 @@ from executor.model import build_chain, sample_input
 from executor.plan import Plan
 from executor.recovery import Recovery
 from executor.testbed import Testbed, TestbedHop, TestbedNode
-from executor.wire import Header, Kind, array_body, decode_json, pack, parse, parse_header, seal
+from executor.wire import Header, Kind, array_body, pack, parse, parse_header, seal
 
 N = 21
 DEADLINE_S = 60.0

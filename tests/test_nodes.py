@@ -17,6 +17,7 @@ import torch
 import zmq
 from local_nodes import free_ports, local_nodes, nothing_is_left_behind, one_thread, until
 
+from executor._json import decode_json
 from executor.client import Client
 from executor.cluster import Cluster, NodeConfig
 from executor.errors import (
@@ -30,7 +31,7 @@ from executor.keys import make_key
 from executor.model import build_chain, sample_input
 from executor.node import main
 from executor.plan import Plan
-from executor.wire import Header, Kind, array_body, decode_json, pack, parse
+from executor.wire import Header, Kind, array_body, pack, parse
 
 __all__ = ["nothing_is_left_behind", "one_thread"]  # fixtures that hold here
 

@@ -227,6 +227,14 @@ def test_losses_are_tried_again_then_avoided_and_other_errors_end_it():
     assert ended.code == "failed" and "gave up" in ended.reason
 
 
+def test_a_refusal_that_comes_after_the_deadline_is_a_timeout():
+    machine = started()
+    for seq, now_s, code in ((1, 9.9, "refused"), (2, 10.0, "timeout")):
+        machine.submitted(seq, Plan((N, N)), 10.0, 0.0)
+        (end,) = machine.error(seq, 1, "refused", "no room", 0, 0, now_s)
+        assert (end.seq, end.code) == (seq, code)
+
+
 @pytest.mark.parametrize("direct", [{}, DIRECT])
 def test_the_mask_is_what_the_recovery_routes(direct):
     spec = model_spec("mobilenet_v2")

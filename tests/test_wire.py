@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from executor._json import decode_json, encode_json
 from executor.errors import FrameDamaged, WireError
 from executor.wire import (
     MAX_BODY_BYTES,
@@ -17,8 +18,6 @@ from executor.wire import (
     StageStamp,
     array_body,
     array_of,
-    decode_json,
-    encode_json,
     pack,
     parse,
     parse_header,
@@ -51,11 +50,13 @@ def test_a_tensor_frame_round_trips():
     seq=st.integers(0, 2**64 - 1),
     cuts=CUTS,
     clock=st.tuples(FINITE, FINITE, FINITE),
+    left_s=st.floats(0.0, allow_nan=False, allow_infinity=False),
     data=st.data(),
 )
 @settings(deadline=None, max_examples=100)
-def test_any_header_round_trips(kind, client, seq, cuts, clock, data):
+def test_any_header_round_trips(kind, client, seq, cuts, clock, left_s, data):
     header = Header(kind, client=client, seq=seq, cuts=cuts, clock_s=clock)
+    header.left_s = left_s
     if kind in (Kind.INFER, Kind.RESULT):
         four, three = st.tuples(*[FINITE] * 4), st.tuples(*[FINITE] * 3)
         header.stages = [StageStamp(*data.draw(four)) for _ in range(len(cuts) + 1)]
@@ -138,7 +139,7 @@ def test_errors_name_the_field():
     with pytest.raises(WireError, match="magic"):
         parse_header(b"NOPE" + bytes(raw[4:]))
     raw[4] = 9
-    with pytest.raises(WireError, match="wire version 2, got 9"):
+    with pytest.raises(WireError, match="wire version 3, got 9"):
         parse_header(bytes(raw))
     with pytest.raises(WireError, match="1 or 2 parts, got 3"):
         parse([b"", b"", b""])
@@ -224,3 +225,9 @@ def test_big_endian_arrays_are_sent_little_endian():
     header = Header(Kind.RESULT, cuts=(1,))
     body = array_body(header, np.array([1.5, -2.0], dtype=">f4"))
     assert array_of(parse_header(pack(header)), body).tolist() == [1.5, -2.0]
+
+
+@pytest.mark.parametrize("left_s", [-1.0, float("nan"), float("inf")])
+def test_a_time_left_that_is_none_is_refused(left_s):
+    with pytest.raises(WireError, match="seconds left"):
+        parse_header(pack(Header(Kind.INFER, cuts=(1,), left_s=left_s)))
