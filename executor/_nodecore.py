@@ -270,6 +270,8 @@ class NodeCore:
             self._acknowledge(identity, header, Kind.ACK, now_s)
         config = self.config
         start, stop = stage_of(header, body, k, config.n_nodes, config.spec, config.digest)
+        if header.tries > 1:  # an older try may be overdue, and not told so yet
+            self._let_go(now_s)
         old = self._ways.get(header)
         if old is not None and header.tries <= old.header.tries:
             self.duplicates += 1

@@ -531,3 +531,14 @@ def test_an_older_try_does_not_end_a_newer_one_by_its_age():
     node.tick(2.0)
     assert len(node.hop.outbox) == 1
     assert node._ways.get(header).header.tries == 2
+
+
+def test_a_try_after_one_that_was_passed_over_is_computed():
+    node, queue, _ = core(1, max_queue=9)
+    for tries, now_s in ((1, 0.0), (2, 1.5)):
+        header, body = infer((0, 9))
+        header.tries, header.left_s = tries, 2.0
+        node.on_upstream(b"up", [pack(header), body], now_s)
+        if tries == 1:
+            assert queue.get(1.2) is None
+    assert queue.get(1.6).header.tries == 2
