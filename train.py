@@ -23,9 +23,9 @@ from agents.cli import (
     run_command,
     transfers,
 )
-from agents.hindsight import HindsightSettings
+from agents.learning.hindsight import HindsightSettings
+from agents.learning.training import TrainingSettings
 from agents.pipeline import Pipeline
-from agents.training import TrainingSettings
 from env.scenario import Scenario
 from executor.logs import add_log_arguments, configure_logging
 from executor.modelref import model_label

@@ -21,10 +21,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from agents.arms.controllers import Solver, Static
 from agents.cli import MODEL_HELP, Parser, model_argument, positive_int, progress, run_study
-from agents.compare import paired_ratio, per_row, run_arm
-from agents.controllers import Solver, Static
-from agents.provenance import provenance
+from agents.paired import paired_ratio
+from agents.studies.compare import per_row, run_arm
+from agents.studies.provenance import provenance
 from env.predict import CostModel
 from env.scenario import HopSetup, NodeSetup, Process, Scenario
 from env.simulator import Simulator

@@ -22,6 +22,11 @@ from rich.console import Console
 from rich.live import Live
 from torch.utils.tensorboard.writer import SummaryWriter
 
+from agents.arms.controllers import ArmContext, Controller, Decision, Glancing, make_arm
+from agents.arms.guard import GuardedController
+from agents.arms.recalibrated import Recalibrated
+from agents.arms.runtime import Checkpoint
+from agents.arms.scoring import ScoringPolicy
 from agents.cli import (
     CHECKPOINTS,
     MODEL_HELP,
@@ -32,17 +37,12 @@ from agents.cli import (
     run_command,
     transfers,
 )
-from agents.controllers import ArmContext, Controller, Decision, Glancing, make_arm
-from agents.dashboard import DEFAULT_PORT, dashboard_routes
-from agents.display import live_line, live_table, summary_table
-from agents.guard import GuardedController
-from agents.metrics import agent_routes
 from agents.nodes import open_cluster, open_testbed
-from agents.recalibrated import Recalibrated
-from agents.runtime import Checkpoint
-from agents.scoring import ScoringPolicy
-from agents.session import Session
-from agents.telemetry import Telemetry
+from agents.serving.dashboard import DEFAULT_PORT, dashboard_routes
+from agents.serving.display import live_line, live_table, summary_table
+from agents.serving.metrics import agent_routes
+from agents.serving.session import Session
+from agents.serving.telemetry import Telemetry
 from env.live import LiveSystem
 from env.scenario import Scenario
 from env.system import StepResult

@@ -24,6 +24,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from agents.arms.controllers import ARMS
+from agents.arms.paper import PaperSettings
+from agents.arms.runtime import Checkpoint
 from agents.cli import (
     CHECKPOINTS,
     MODEL_HELP,
@@ -35,11 +38,8 @@ from agents.cli import (
     progress,
     run_study,
 )
-from agents.controllers import ARMS
-from agents.crowd import INTERVAL_S, LEAST_ROWS, STEP_S, Crowd, crowd_model
-from agents.paper import PaperSettings
-from agents.provenance import provenance
-from agents.runtime import Checkpoint
+from agents.studies.crowd import INTERVAL_S, LEAST_ROWS, STEP_S, Crowd, crowd_model
+from agents.studies.provenance import provenance
 from env.scenario import Scenario
 from env.synthetic import synthetic_model
 from executor.errors import ConfigError

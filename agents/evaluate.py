@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from agents.cadence import cadence_table, run_each
+from agents.arms.controllers import ARMS
 from agents.cli import (
     MODEL_HELP,
     Parser,
@@ -25,10 +25,10 @@ from agents.cli import (
     positive_int,
     run_command,
 )
-from agents.comparison import compare
-from agents.controllers import ARMS
 from agents.report.evaluation import write_report
 from agents.report.terminal import TABLE_WIDTH, plot, table
+from agents.studies.cadence import cadence_table, run_each
+from agents.studies.comparison import compare
 from env.splits import PARTS
 from executor.errors import ConfigError
 from executor.files import write_json

@@ -13,17 +13,17 @@ from typing import Any
 from rich.console import Console
 from torch.utils.tensorboard.writer import SummaryWriter
 
+from agents.arms.controllers import ArmContext, make_arm
+from agents.arms.runtime import Checkpoint
 from agents.cli import progress
-from agents.compare import ArmRun, run_arm, summarise
-from agents.controllers import ArmContext, make_arm
-from agents.finetuning import FinetuneSettings
+from agents.learning.finetuning import FinetuneSettings
+from agents.learning.online import finetune
+from agents.learning.policy import ResidualSolverPolicy
+from agents.learning.resume import FILE_NAME, ResumePoint
+from agents.learning.training import TrainingSettings, to_checkpoint, train_policy
 from agents.nodes import open_cluster, open_testbed
-from agents.online import finetune
-from agents.policy import ResidualSolverPolicy
 from agents.report.terminal import TABLE_WIDTH, table
-from agents.resume import FILE_NAME, ResumePoint
-from agents.runtime import Checkpoint
-from agents.training import TrainingSettings, to_checkpoint, train_policy
+from agents.studies.compare import ArmRun, run_arm, summarise
 from env.live import LiveSystem
 from env.predict import CostModel
 from env.scenario import Scenario

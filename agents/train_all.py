@@ -14,8 +14,8 @@ from pathlib import Path
 from rich.console import Console
 
 from agents.cli import CHECKPOINTS, Parser, positive_int, progress, run_command
-from agents.hindsight import HindsightSettings
-from agents.scoring_training import ScoringSettings, train_for_all
+from agents.learning.hindsight import HindsightSettings
+from agents.learning.scoring_training import ScoringSettings, train_for_all
 from env.predict import CostModel
 from env.scenario import Scenario
 from env.splits import split

@@ -21,6 +21,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from agents.arms.controllers import Controller, Decision, Solver
+from agents.arms.per_row import PerRow
+from agents.arms.recalibrated import Recalibrated
+from agents.arms.runtime import Checkpoint, PolicyController
 from agents.cli import (
     CHECKPOINTS,
     MODEL_HELP,
@@ -31,17 +35,13 @@ from agents.cli import (
     positive_int,
     run_study,
 )
-from agents.controllers import Controller, Decision, Solver
-from agents.finetuning import FinetuneSettings, Learner
+from agents.learning.finetuning import FinetuneSettings, Learner
+from agents.learning.online import BackgroundLearner, FineTuned, InlineLearner
+from agents.learning.policy import load_policy
+from agents.learning.training import TrainingSettings
 from agents.nodes import open_testbed
-from agents.online import BackgroundLearner, FineTuned, InlineLearner
-from agents.per_row import PerRow
-from agents.policy import load_policy
-from agents.recalibrated import Recalibrated
-from agents.regained import Spent, analyse, worst_window
 from agents.report.terminal import TABLE_WIDTH
-from agents.runtime import Checkpoint, PolicyController
-from agents.training import TrainingSettings
+from agents.studies.regained import Spent, analyse, worst_window
 from env.cost import Cost
 from env.live import LiveSystem
 from env.predict import CostModel

@@ -11,8 +11,8 @@ import time
 
 import numpy as np
 
+from agents.arms.runtime import Checkpoint, PolicyController
 from agents.cli import CHECKPOINTS
-from agents.runtime import Checkpoint, PolicyController
 from env.predict import CostModel
 from env.scenario import Scenario
 from env.simulator import Simulator

@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from agents.arms.controllers import Controller, Solver
+from agents.arms.mpc import ModelPredictive, ModelPredictiveSettings
+from agents.arms.predictive import Predictive, PredictiveSettings
 from agents.cli import CHECKPOINTS, load_profile, numbers, positive_int, run_command
-from agents.controllers import Controller, Solver
-from agents.mpc import ModelPredictive, ModelPredictiveSettings
-from agents.predictive import Predictive, PredictiveSettings
-from agents.validation import mean_cost
+from agents.learning.validation import mean_cost
 from env.predict import CostModel
 from env.scenario import Scenario
 from env.simulator import Simulator

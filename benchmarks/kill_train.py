@@ -24,10 +24,10 @@ from typing import Any
 
 import numpy as np
 
-from agents.hindsight import HindsightSettings
-from agents.resume import ResumePoint
-from agents.runtime import Checkpoint
-from agents.training import TrainingSettings, train_policy
+from agents.arms.runtime import Checkpoint
+from agents.learning.hindsight import HindsightSettings
+from agents.learning.resume import ResumePoint
+from agents.learning.training import TrainingSettings, train_policy
 from env.predict import CostModel
 from env.scenario import Scenario
 from env.synthetic import synthetic_profile

@@ -30,12 +30,13 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from agents.arms.controllers import ARMS, ArmContext, Controller, Decision, make_arm
+from agents.arms.oracle import Oracle, OracleSettings, PlanSequence, search
+from agents.arms.runtime import Checkpoint
 from agents.cli import CHECKPOINTS, load_profile, numbers, positive_int, run_command
-from agents.compare import best_static_cuts, paired_ratio, per_row, run_arm
-from agents.controllers import ARMS, ArmContext, Controller, Decision, make_arm
-from agents.oracle import Oracle, OracleSettings, PlanSequence, search
-from agents.provenance import provenance
-from agents.runtime import Checkpoint
+from agents.paired import paired_ratio
+from agents.studies.compare import best_static_cuts, per_row, run_arm
+from agents.studies.provenance import provenance
 from env.predict import CostModel
 from env.scenario import Scenario
 from env.simulator import Simulator
@@ -115,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     args = _parser().parse_args(words)
     args.command = " ".join(["python benchmarks/oracle_width.py", *words])
-    logging.getLogger("agents.guard").setLevel(logging.ERROR)  # a fall-back per environment
+    logging.getLogger("agents.arms.guard").setLevel(logging.ERROR)  # a fall-back per environment
     return run_command(lambda: _main(args))
 
 

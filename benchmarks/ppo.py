@@ -8,10 +8,10 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
+from agents.arms.runtime import Checkpoint
 from agents.cli import CHECKPOINTS
-from agents.hindsight import HindsightSettings
-from agents.runtime import Checkpoint
-from agents.training import TrainingSettings, train_policy
+from agents.learning.hindsight import HindsightSettings
+from agents.learning.training import TrainingSettings, train_policy
 from env.predict import CostModel
 from env.scenario import Scenario
 

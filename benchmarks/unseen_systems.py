@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
+from agents.arms.controllers import Controller, Solver
+from agents.arms.runtime import Checkpoint, PolicyController
+from agents.arms.scoring import ScoringPolicy, scoring_controller
 from agents.cli import CHECKPOINTS
-from agents.compare import paired_ratio
-from agents.controllers import Controller, Solver
-from agents.runtime import Checkpoint, PolicyController
-from agents.scoring import ScoringPolicy, scoring_controller
-from agents.validation import mean_cost
+from agents.learning.validation import mean_cost
+from agents.paired import paired_ratio
 from env.predict import CostModel
 from env.scenario import NodeSetup, Scenario
 from env.simulator import Simulator

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from agents.bandit import LinUCB
+from agents.arms.bandit import LinUCB
+from agents.arms.controllers import Solver
+from agents.arms.mpc import ModelPredictive, ModelPredictiveSettings
+from agents.arms.predictive import Forecast, Predictive, PredictiveSettings
 from agents.cli import CHECKPOINTS
-from agents.controllers import Solver
-from agents.mpc import ModelPredictive, ModelPredictiveSettings
-from agents.predictive import Forecast, Predictive, PredictiveSettings
-from agents.validation import mean_cost
+from agents.learning.validation import mean_cost
 from env.cost import Cost, IntervalRecord
 from env.predict import CostModel
 from env.scenario import Scenario

@@ -7,11 +7,11 @@ import pytest
 from test_policy import make_policy, random_states
 
 from agents import evaluate
-from agents.cadence import cadences
-from agents.controllers import Glancing, Solver
-from agents.guard import GuardedController
-from agents.policy import export_arrays
-from agents.runtime import Checkpoint, PolicyController
+from agents.arms.controllers import Glancing, Solver
+from agents.arms.guard import GuardedController
+from agents.arms.runtime import Checkpoint, PolicyController
+from agents.learning.policy import export_arrays
+from agents.studies.cadence import cadences
 from env.grid import GRID_S, GridConditions
 from env.predict import CostModel
 from env.scenario import Scenario

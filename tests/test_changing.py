@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from agents import evaluate
-from agents.controllers import Static, cloud_only
-from agents.guard import GuardedController, GuardSettings
-from agents.per_row import PerRow
+from agents.arms.controllers import Static, cloud_only
+from agents.arms.guard import GuardedController, GuardSettings
+from agents.arms.per_row import PerRow
 from env.changing import Changing
 from env.conditions import BYTES_PER_S_PER_MBPS
 from env.cost import IntervalRecord

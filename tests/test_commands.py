@@ -17,9 +17,9 @@ from stable_baselines3 import PPO
 
 import train
 from agents import deploy, evaluate
+from agents.arms.runtime import Checkpoint
 from agents.cli import run_command
-from agents.resume import FILE_NAME
-from agents.runtime import Checkpoint
+from agents.learning.resume import FILE_NAME
 from executor.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent

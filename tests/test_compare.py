@@ -9,18 +9,17 @@ import numpy as np
 import pytest
 
 from agents import cells, evaluate
-from agents.compare import (
+from agents.arms.controllers import ArmContext, Solver, Static, make_arm
+from agents.paired import bootstrap_mean, paired_ratio
+from agents.studies.compare import (
     ArmRun,
     best_static_cuts,
-    bootstrap_mean,
-    paired_ratio,
     per_row,
     run_arm,
     startup_intervals,
     summarise,
     versus,
 )
-from agents.controllers import ArmContext, Solver, Static, make_arm
 from env.cost import Cost
 from env.predict import CostModel
 from env.scenario import Scenario

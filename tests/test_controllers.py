@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from agents.controllers import (
+from agents.arms.controllers import (
     ARMS,
     ArmContext,
     Solver,
@@ -16,7 +16,7 @@ from agents.controllers import (
     make_arm,
     static_thirds,
 )
-from agents.oracle import PlanSequence
+from agents.arms.oracle import PlanSequence
 from env.predict import CostModel
 from env.scenario import Scenario
 from env.simulator import Simulator

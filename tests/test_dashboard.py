@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from agents.controllers import Static, cloud_only
-from agents.dashboard import dashboard_routes
-from agents.guard import GuardedController, GuardSettings
-from agents.telemetry import Telemetry, describe_plan
+from agents.arms.controllers import Static, cloud_only
+from agents.arms.guard import GuardedController, GuardSettings
+from agents.serving.dashboard import dashboard_routes
+from agents.serving.telemetry import Telemetry, describe_plan
 from env.cost import Cost
 from env.predict import CostModel
 from env.scenario import Scenario

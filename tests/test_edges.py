@@ -9,11 +9,11 @@ import pytest
 from toy_chain import toy_profile, toy_scenario
 
 from agents import crowd, edges
-from agents.compare import run_arm
-from agents.controllers import Controller, Decision, Solver, Static
-from agents.crowd import Crowd, crowd_model
-from agents.paper import Paper
-from agents.staggered import CountingOthers, Staggered
+from agents.arms.controllers import Controller, Decision, Solver, Static
+from agents.arms.paper import Paper
+from agents.arms.staggered import CountingOthers, Staggered
+from agents.studies.compare import run_arm
+from agents.studies.crowd import Crowd, crowd_model
 from env.conditions import Conditions
 from env.grid import GridConditions
 from env.predict import CostModel

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from agents.arms.runtime import Checkpoint, metadata_text
+from agents.arms.scoring import ScoringPolicy
 from agents.cli import run_command
-from agents.runtime import Checkpoint, metadata_text
-from agents.scoring import ScoringPolicy
 from executor.errors import ConfigError
 from executor.files import write_atomic, write_together
 

@@ -12,13 +12,13 @@ import torch
 from gymnasium import spaces
 
 from agents import wrong_profile
-from agents.finetuning import FinetuneSettings, Learner, Lesson, Window
-from agents.hindsight import HindsightSettings
-from agents.online import BackgroundLearner, FineTuned, finetune
-from agents.policy import ResidualSolverPolicy, load_policy, policy_kwargs
-from agents.regained import Spent, analyse, worst_window
-from agents.runtime import PolicyController
-from agents.training import TrainingSettings, to_checkpoint
+from agents.arms.runtime import PolicyController
+from agents.learning.finetuning import FinetuneSettings, Learner, Lesson, Window
+from agents.learning.hindsight import HindsightSettings
+from agents.learning.online import BackgroundLearner, FineTuned, finetune
+from agents.learning.policy import ResidualSolverPolicy, load_policy, policy_kwargs
+from agents.learning.training import TrainingSettings, to_checkpoint
+from agents.studies.regained import Spent, analyse, worst_window
 from env.offloading import observation_space
 from env.predict import CostModel
 from env.scenario import Scenario

@@ -8,8 +8,8 @@ import logging
 import numpy as np
 import pytest
 
-from agents.controllers import Decision, Solver, Static, edge_only
-from agents.guard import GuardedController, GuardSettings
+from agents.arms.controllers import Decision, Solver, Static, edge_only
+from agents.arms.guard import GuardedController, GuardSettings
 from env.cost import IntervalRecord
 from env.predict import CostModel
 from env.scenario import Scenario

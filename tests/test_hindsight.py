@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from agents.hindsight import (
+from agents.arms.runtime import PolicyController, PolicyNetwork, ResidualActor
+from agents.learning.hindsight import (
     HindsightSettings,
     gather_lessons,
     learn_from_hindsight,
     trial_costs,
 )
-from agents.policy import ResidualSolverPolicy, export_arrays, policy_kwargs
-from agents.runtime import PolicyController, PolicyNetwork, ResidualActor
-from agents.training import to_checkpoint
-from agents.validation import mean_cost
+from agents.learning.policy import ResidualSolverPolicy, export_arrays, policy_kwargs
+from agents.learning.training import to_checkpoint
+from agents.learning.validation import mean_cost
 from env.conditions import Conditions
 from env.cost import Cost
 from env.mixture import Mixture

@@ -6,9 +6,9 @@ from event_simulation import LateReference
 from test_simulator import conditions_of
 from toy_chain import SPEC, constant_scenario, random_cuts, toy_profile, toy_scenario
 
-from agents.branches import Branches
-from agents.controllers import Solver
-from agents.oracle import PlanSequence
+from agents.arms.branches import Branches
+from agents.arms.controllers import Solver
+from agents.arms.oracle import PlanSequence
 from env._accounting import MEASURED_BYTES
 from env.conditions import mean_delay_s
 from env.cost import Cost

@@ -22,7 +22,7 @@ from local_nodes import free_ports
 from prometheus_client.parser import text_string_to_metric_families
 from test_dashboard import Feed, get
 
-from agents.metrics import agent_routes
+from agents.serving.metrics import agent_routes
 from executor._counters import Histogram
 from executor._http import HttpServer
 from executor.client import Client

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from toy_chain import toy_profile, toy_scenario
 
-from agents.branches import Branches
-from agents.compare import per_row, run_arm
-from agents.controllers import ARMS, ArmContext, Decision, make_arm
-from agents.oracle import Oracle, OracleSettings, PlanSequence, search
+from agents.arms.branches import Branches
+from agents.arms.controllers import ARMS, ArmContext, Decision, make_arm
+from agents.arms.oracle import Oracle, OracleSettings, PlanSequence, search
+from agents.studies.compare import per_row, run_arm
 from env.conditions import Conditions
 from env.predict import CostModel
 from env.scenario import Scenario

@@ -13,10 +13,10 @@ from xml.etree import ElementTree
 import pytest
 
 from agents import evaluate
-from agents.provenance import without_folders
 from agents.report.evaluation import write_report
 from agents.report.page import Page, Section, Table, interval, render
 from agents.report.verdicts import reference_arm, subject_arm, verdicts
+from agents.studies.provenance import without_folders
 from env.predict import CostModel
 from env.scenario import Scenario
 from env.synthetic import synthetic_profile

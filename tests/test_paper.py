@@ -7,8 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from agents.controllers import static_thirds
-from agents.paper import Paper, PaperSettings, SplitModel, probe_splits
+from agents.arms.controllers import static_thirds
+from agents.arms.paper import Paper, PaperSettings, SplitModel, probe_splits
 from env.cost import IntervalRecord
 from env.predict import CostModel
 from env.scenario import Scenario

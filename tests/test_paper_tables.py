@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from agents import paper_tables
-from agents.paper_tables import reductions, study
+from agents.studies import paper_tables as tables
+from agents.studies.paper_tables import reductions, study
 from env.predict import CostModel
 from env.reference import closed_loop, measured, reference_profile
 from env.scenario import Scenario
@@ -75,13 +76,13 @@ def test_no_arm_beats_the_clairvoyants_and_all_keep_the_rule(alexnet: dict) -> N
 
 
 def test_static_matched_takes_as_long_as_its_static_split(monkeypatch) -> None:
-    monkeypatch.setattr(paper_tables, "STARTUP", 5)
+    monkeypatch.setattr(tables, "STARTUP", 5)
     arms = study("mobilenet_v2", "static matched", 5)["constrained"]
     assert arms["static"]["latency_ms"] == pytest.approx(measured()["mobilenet_v2"].static_ms)
 
 
 def test_a_transformer_stands_in_by_its_operations(tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(paper_tables, "STARTUP", 5)
+    monkeypatch.setattr(tables, "STARTUP", 5)
     profile = reference_profile(model_spec("vit_b_16"), Scenario.load("paper"))
     whole_ms = 1e3 * profile.work_prefix_s()[:, -1]
     ratio = whole_ms / np.array(measured()["vgg16"].single_ms)
@@ -126,7 +127,7 @@ def test_closed_loop_brings_one_request_per_interval_and_environment() -> None:
 
 
 def test_command(tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(paper_tables, "STARTUP", 5)
+    monkeypatch.setattr(tables, "STARTUP", 5)
     out = tmp_path / "out.json"
     argv = ["--models", "alexnet", "--requests", "3", "--json", str(out)]
     assert paper_tables.main([*argv, "--report", str(tmp_path / "page")]) == 0

@@ -13,12 +13,12 @@ import pytest
 import torch
 from stable_baselines3 import PPO
 
-from agents.controllers import Controller, Solver
-from agents.hindsight import HindsightSettings
-from agents.policy import ResidualSolverPolicy, export_arrays, policy_kwargs
-from agents.runtime import Checkpoint, PolicyController, PolicyNetwork
-from agents.training import VALIDATION_SEED, TrainingSettings, to_checkpoint, train_policy
-from agents.validation import mean_cost
+from agents.arms.controllers import Controller, Solver
+from agents.arms.runtime import Checkpoint, PolicyController, PolicyNetwork
+from agents.learning.hindsight import HindsightSettings
+from agents.learning.policy import ResidualSolverPolicy, export_arrays, policy_kwargs
+from agents.learning.training import VALIDATION_SEED, TrainingSettings, to_checkpoint, train_policy
+from agents.learning.validation import mean_cost
 from env.predict import CostModel
 from env.scenario import Scenario
 from env.simulator import Simulator
@@ -127,11 +127,22 @@ def test_runtime_equals_sb3_on_10000_states(model: CostModel) -> None:
 
 def test_runtime_does_not_import_torch() -> None:
     code = (
-        "import sys, agents.runtime, agents.guard; "
+        "import sys, agents.arms.runtime, agents.arms.guard; "
         "assert not {'torch', 'stable_baselines3'} & set(sys.modules)"
     )
     root = Path(__file__).parent.parent
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
+
+
+def test_sb3_loads_the_shipped_policies_as_this_versions_classes() -> None:
+    shipped = sorted((Path(__file__).parent.parent / "checkpoints").glob("*/policy.zip"))
+    assert len(shipped) == 3
+    for path in shipped:  # its pickles name classes by module: those of this tree, not moved since
+        ppo = PPO.load(path, device="cpu")
+        assert type(ppo.policy) is ResidualSolverPolicy
+        weights = np.load(path.with_name("policy.npz"))
+        exported = export_arrays(ppo.policy)
+        assert all(np.array_equal(weights[name], exported[name]) for name in exported)
 
 
 def test_training_is_deterministic_and_keeps_the_best(model: CostModel, tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agents.controllers import Solver
-from agents.recalibrated import Recalibrated
+from agents.arms.controllers import Solver
+from agents.arms.recalibrated import Recalibrated
 from env.predict import CostModel
 from env.recalibration import Recalibration, RecalibrationSettings, Recalibrator
 from env.scenario import Process, Scenario
@@ -211,7 +211,7 @@ def test_bad_settings_and_other_shapes_are_refused(truth: CostModel) -> None:
 
 def test_a_policy_trained_at_another_interval_follows_too(truth: CostModel) -> None:
     """A policy that decides more often than it was trained keeps a cost model of its own."""
-    from agents.runtime import ActorController, PolicyNetwork, ResidualActor
+    from agents.arms.runtime import ActorController, PolicyNetwork, ResidualActor
 
     fast = CostModel(truth.profile, truth.scenario.replace(interval_s=0.25), truth.references)
     network = PolicyNetwork(
@@ -232,7 +232,7 @@ def test_a_policy_trained_at_another_interval_follows_too(truth: CostModel) -> N
 def test_deployed_solver_and_policies_recalibrate_unless_told_not_to(truth: CostModel) -> None:
     from types import SimpleNamespace
 
-    from agents.controllers import Static
+    from agents.arms.controllers import Static
     from agents.deploy import make_controller
 
     system = SimpleNamespace(model=truth)

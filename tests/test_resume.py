@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from agents.hindsight import HindsightSettings
-from agents.resume import ResumePoint
-from agents.training import TrainingResult, TrainingSettings, train_policy
+from agents.learning.hindsight import HindsightSettings
+from agents.learning.resume import ResumePoint
+from agents.learning.training import TrainingResult, TrainingSettings, train_policy
 from env.predict import CostModel
 from env.scenario import Scenario
 from env.synthetic import synthetic_profile
@@ -115,7 +115,7 @@ def test_an_interruption_may_itself_be_interrupted(
 CHILD = """
 import sys
 from pathlib import Path
-from agents.training import train_policy
+from agents.learning.training import train_policy
 from tests.test_resume import SETTINGS, make_model, make_point
 print("on", flush=True)
 train_policy(make_model(), SETTINGS, resume=make_point(Path(sys.argv[1])))

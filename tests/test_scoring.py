@@ -9,11 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from agents.controllers import Solver
-from agents.hindsight import HindsightSettings
-from agents.scoring import PlanEncoder, ScoringActor, ScoringPolicy, scoring_controller
-from agents.scoring_training import Scorer, ScoringSettings, scaled, train_for_all, with_bandwidth
-from agents.validation import mean_cost
+from agents.arms.controllers import Solver
+from agents.arms.scoring import PlanEncoder, ScoringActor, ScoringPolicy, scoring_controller
+from agents.learning.hindsight import HindsightSettings
+from agents.learning.scoring_training import (
+    Scorer,
+    ScoringSettings,
+    scaled,
+    train_for_all,
+    with_bandwidth,
+)
+from agents.learning.validation import mean_cost
 from env.conditions import process_mean
 from env.predict import CostModel
 from env.scenario import Scenario

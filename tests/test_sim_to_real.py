@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from agents import evaluate, sim_to_real
-from agents.sim_to_real import summary
+from agents.studies.sim_to_real import summary
 
 MODEL = """
 from torch import nn

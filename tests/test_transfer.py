@@ -11,9 +11,9 @@ from local_nodes import local_nodes, one_thread
 from toy_chain import SPEC, constant_scenario, random_cuts, toy_profile, toy_scenario
 
 from agents import deploy, evaluate
+from agents.arms.paper import PaperSettings, SplitModel
 from agents.cli import run_command
 from agents.nodes import fit_calibration
-from agents.paper import PaperSettings, SplitModel
 from env._chain import Chain
 from env._late import CLOUD, FOG, HOP, LateBinding
 from env._stations import RequestStore

@@ -22,7 +22,7 @@ def write_report(result: dict[str, Any], directory: Path, reference: str | None 
     """Write a comparison's page; returns its path.
 
     Args:
-        result: What `agents.comparison.compare` gives, or an earlier run's JSON.
+        result: What `agents.studies.comparison.compare` gives, or an earlier run's JSON.
         directory: Where `index.html` goes.
         reference: The arm compared with beside `static`; None takes the solver.
 

@@ -88,7 +88,7 @@ def made_section(how: Mapping[str, Any], seeds: str) -> Section:
     """How the results came to be.
 
     Args:
-        how: From `agents.provenance.provenance`.
+        how: From `agents.studies.provenance.provenance`.
         seeds: In words.
     """
     rows = [

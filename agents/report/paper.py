@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from agents.paper_tables import (
+from agents.report.page import Page, Section, Table, made_section, render
+from agents.studies.paper_tables import (
     ARM_COLUMNS,
     PASSES,
     SINGLE_COLUMNS,
@@ -15,7 +16,6 @@ from agents.paper_tables import (
     reported,
     single_rows,
 )
-from agents.report.page import Page, Section, Table, made_section, render
 
 __all__ = ["write_page"]
 

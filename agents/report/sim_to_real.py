@@ -8,7 +8,7 @@ from typing import Any
 
 from agents.report.figures import scatter_figure
 from agents.report.page import Page, Section, Table, figure, made_section, render
-from agents.sim_to_real import error, lines
+from agents.studies.sim_to_real import error, lines
 from executor.plan import Plan
 
 __all__ = ["write_page"]

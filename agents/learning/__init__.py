@@ -1,0 +1,1 @@
+"""How the policy learns: in hindsight, by PPO, while it is deployed."""

@@ -1,0 +1,1 @@
+"""Arms compared on the same conditions: what is run and counted, as plain numbers."""

@@ -1,0 +1,216 @@
+"""One cell of a comparison: all arms under one set of conditions, at one arrival rate.
+
+On the simulator all seeds of an arm run as one batch; on the testbed arms and seeds run one after
+the other, in real time.
+"""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import AbstractContextManager
+from math import ceil
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.progress import Progress
+
+from agents.arms.controllers import ArmContext, Controller, Decision, make_arm
+from agents.arms.oracle import PlanSequence, search
+from agents.arms.runtime import Checkpoint
+from agents.cli import transfers
+from agents.studies.compare import ArmRun, best_static_cuts, run_arm, startup_intervals
+from env.changing import Changing
+from env.conditions import ConditionsSource
+from env.grid import GridConditions
+from env.live import LiveSystem
+from env.predict import CostModel
+from env.scenario import Scenario
+from env.simulator import Simulator
+from env.tape import Tape
+from executor.profile import Profile
+
+if TYPE_CHECKING:
+    from env.system import System
+
+__all__ = ["Cell", "make_testbed_system"]
+
+DEFAULT_STARTUP_S = 20.0
+TIMED_INTERVALS = 200
+LEAST_CHANGES = 3  # of the conditions, in an episode where they change at a set pace
+
+
+class Cell:
+    """All arms under one set of conditions, at one arrival rate.
+
+    The oracle runs last and may start from what the others played. Its decisions were made in
+    advance, by nobody who could exist, so they count as taking no time.
+
+    Args:
+        args: The command's arguments: backend, seeds, intervals and so on.
+        model: The system's cost model, its scenario's arrival rate being the cell's.
+        arms: Their names.
+        checkpoint: The trained policy, if an arm needs one.
+        bar: Shows how far it is.
+        name: Of the conditions.
+        change_every_s: Conditions change at this pace (`env.changing`), in the simulator.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        model: CostModel,
+        arms: list[str],
+        checkpoint: Checkpoint | None,
+        bar: Progress,
+        name: str = "",
+        change_every_s: float | None = None,
+    ) -> None:
+        self.args, self.model, self.arms, self.checkpoint = args, model, arms, checkpoint
+        self.fraction = model.rate_rps() / model.capacity_rps
+        self.runs: dict[str, ArmRun] = {}
+        self.decide_us: dict[str, float] = {}
+        self.overruns: dict[str, float] = {}
+        self._played: list[PlanSequence] = []
+        self._change_every_s = change_every_s
+        self.n_intervals: int = args.intervals or model.scenario.steps_per_episode
+        if change_every_s is not None:
+            least_s = LEAST_CHANGES * change_every_s
+            self.n_intervals = max(self.n_intervals, ceil(least_s / model.scenario.interval_s))
+        self._live = args.backend == "testbed"
+        self._seeds = range(args.first_seed, args.first_seed + args.seeds)
+        self.startup = self._startup()
+        length = self.startup + self.n_intervals
+        self._timed = min(self.n_intervals, TIMED_INTERVALS)
+        timed = (self.startup + self._timed) * len(set(arms) - {"oracle"})
+        timed = 0 if self._live else timed
+        runs_per_arm = args.seeds * args.repeats if self._live else 1
+        self._bar = bar
+        self._task = bar.add_task(
+            f"{name} {self.fraction:.3g} of capacity".strip(),
+            note="",
+            total=length * len(arms) * runs_per_arm + timed,
+        )
+
+    def _advance(self) -> None:
+        self._bar.advance(self._task)
+
+    def _simulator(self, batch: int) -> Simulator:
+        model, seed = self.model, self.args.first_seed
+        conditions: ConditionsSource | None = None
+        if self._change_every_s is not None:
+            rate_rps = np.full(batch, model.rate_rps())
+            conditions = Changing(model.scenario, rate_rps, seed, self._change_every_s)
+        elif self.args.interval_s is not None:
+            conditions = GridConditions(model.scenario, np.full(batch, model.rate_rps()), seed)
+        return Simulator(model, batch, seed, record_requests=True, conditions=conditions)
+
+    def conditions(self) -> Tape:
+        """What the arms met; its first environment is the one of the arms' trajectories."""
+        simulator = self._simulator(1 if self._live else self.args.seeds)
+        simulator.reset(self.args.first_seed)
+        return simulator.record(self.startup + self.n_intervals)
+
+    def _startup(self) -> int:
+        """Intervals accounted for apart; the reference's scheduler needs its inferences."""
+        interval_s = self.model.scenario.interval_s
+        if self.args.startup_s is not None:
+            return int(np.ceil(self.args.startup_s / interval_s))
+        least = int(np.ceil(DEFAULT_STARTUP_S / interval_s))
+        if not any(name.startswith("paper") for name in self.arms):
+            return least
+        if self._live:
+            needed = [startup_intervals(self._simulator(1), seed) for seed in self._seeds]
+            return max(least, *needed)
+        batch = self._simulator(self.args.seeds)
+        return max(least, startup_intervals(batch, self.args.first_seed))
+
+    def run(self) -> None:
+        """Run every arm."""
+        if self._live:
+            self._on_testbed()
+        else:
+            self._on_simulator()
+
+    def _on_simulator(self) -> None:
+        seed = self.args.first_seed
+        batch, single = self._simulator(self.args.seeds), self._simulator(1)
+        for name in self.arms:
+            controller = make_arm(name, self._context(self.args.seeds, seed))
+            decisions: list[Decision] = []
+            self.runs[name] = self._run(batch, controller, seed, decisions)
+            self._played.append(PlanSequence.of(decisions))
+            if name == "oracle":
+                self.decide_us[name] = 0.0
+                continue
+            # One decision for one environment, not a batch's share.
+            controller = make_arm(name, ArmContext(self.model, self.checkpoint, self._any_plan))
+            timed = self._run(single, controller, seed, n_intervals=self._timed)
+            self.decide_us[name] = 1e6 * float(np.mean(timed.decide_s))
+
+    def _on_testbed(self) -> None:
+        length_s = (self.startup + self.n_intervals) * self.model.scenario.interval_s
+        scenario = self.model.scenario.replace(episode_s=length_s)
+        with make_testbed_system(self.args, scenario, self.model.profile) as system:
+            for name in self.arms:
+                runs = []
+                for seed in [*self._seeds] * self.args.repeats:
+                    controller = make_arm(name, self._context(1, seed))
+                    runs.append(self._run(system, controller, seed))
+                self.runs[name] = ArmRun.stack(runs)
+                self.decide_us[name] = 1e6 * float(np.mean(self.runs[name].decide_s))
+            if isinstance(system, LiveSystem):
+                self.overruns = system.overrun_share()
+
+    def _run(
+        self,
+        system: System | Simulator,
+        controller: Controller,
+        seed: int,
+        decisions: list[Decision] | None = None,
+        n_intervals: int | None = None,
+    ) -> ArmRun:
+        return run_arm(
+            system,
+            controller,
+            seed=seed,
+            n_intervals=n_intervals or self.n_intervals,
+            startup=self.startup,
+            on_interval=self._advance,
+            on_decision=(lambda decision: None) if decisions is None else decisions.append,
+        )
+
+    def _context(self, batch: int, seed: int) -> ArmContext:
+        def hindsight() -> NDArray[np.int64]:
+            return best_static_cuts(
+                self._simulator(batch),
+                seed=seed,
+                n_intervals=self.n_intervals,
+                startup=self.startup,
+            )
+
+        return ArmContext(
+            self.model, self.checkpoint, hindsight, None if self._live else self._foresight
+        )
+
+    def _foresight(self) -> PlanSequence:
+        """The cheapest sequence of plans on the conditions of the comparison."""
+        return search(
+            self.model,
+            self.conditions(),
+            startup=self.startup,
+            incumbents=self._played,
+        )
+
+    def _any_plan(self) -> NDArray[np.int64]:
+        return self.model.table.cuts[:1]
+
+
+def make_testbed_system(
+    args: argparse.Namespace, scenario: Scenario, profile: Profile | None
+) -> AbstractContextManager[System]:
+    """The scenario's nodes as processes on this machine; profiled anew when `profile` is None."""
+    from agents.nodes import open_testbed
+
+    forms = transfers(args.transfer, len(scenario.hops), True, "")
+    return open_testbed(args.model, scenario, profile, transfers=forms, isolation=args.isolation)

@@ -1,0 +1,197 @@
+"""The simulator held against the testbed, cell by cell, as plain numbers.
+
+`agents.sim_to_real` shows them. A cell is one plan at one bandwidth and one fraction of its own
+capacity; the same arrivals come on both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agents.arms.controllers import Static
+from agents.nodes import random_inputs, spread
+from agents.studies.compare import ArmRun, run_arm
+from env.conditions import BYTES_PER_S_PER_MBPS
+from env.live import LiveSystem
+from env.predict import CostModel, PlanTable
+from env.scenario import HopSetup, NodeSetup, Process, Scenario
+from env.simulator import Simulator
+from executor.client import Client
+from executor.plan import Plan, candidate_plans
+from executor.profile import Profile
+from executor.testbed import Testbed
+
+__all__ = ["MAX_IN_FLIGHT", "SEED", "Extent", "error", "lines", "measure", "summary"]
+
+IDLE, BUSY = 0.1, 0.7  # of the plan's own capacity
+SEED = 42
+MAX_IN_FLIGHT = 64
+LEAST_MS = 1.0  # shorter stages and transfers are not judged in per cent
+MAX_OVERRUN_SHARE = 0.01
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is measured.
+
+    Attributes:
+        plans: Plans, spread evenly over the candidates.
+        bandwidths_mbps: Of every hop.
+        loads: Arrivals as fractions of the plan's own capacity.
+        requests: Mean requests per cell.
+        seconds: A cell lasts at most so long.
+    """
+
+    plans: int = 12
+    bandwidths_mbps: tuple[float, ...] = (20.0, 60.0, 150.0)
+    loads: tuple[float, ...] = (IDLE, BUSY)
+    requests: int = 30
+    seconds: float = 8.0
+
+
+def constant_scenario(base: Scenario, mbps: float, episode_s: float) -> Scenario:
+    """`base` with every hop at `mbps`, nodes unloaded and Poisson arrivals of constant rate."""
+    return base.replace(
+        nodes=tuple(NodeSetup(n.name, n.device, n.ratio) for n in base.nodes),
+        hops=tuple(HopSetup(Process(levels=(mbps,)), h.one_way_delay_s) for h in base.hops),
+        arrivals=Process(),
+        max_in_flight=MAX_IN_FLIGHT,
+        episode_s=episode_s,
+    )
+
+
+def capacity_rps(profile: Profile, plan: Plan, mbps: float) -> float:
+    """Requests/s at which the plan's slowest station saturates."""
+    table = PlanTable(profile, [plan])
+    hop_s = float(table.hop_bytes.max()) / (mbps * BYTES_PER_S_PER_MBPS)
+    return 1.0 / max(float(table.work_s.max()), hop_s)
+
+
+def measure(
+    testbed: Testbed,
+    client: Client,
+    profile: Profile,
+    base: Scenario,
+    extent: Extent,
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """One row per cell, as plain numbers, and the share of each node's stages that ended late.
+
+    Args:
+        testbed: Running nodes, unloaded.
+        client: Connected to them.
+        profile: Measured there.
+        base: Nodes and delays.
+        extent: How much.
+        tell: Called after each cell with how many are done, and of how many.
+    """
+    plans = spread(candidate_plans(profile.spec, profile.n_nodes), extent.plans)
+    total = len(plans) * len(extent.bandwidths_mbps) * len(extent.loads)
+    rows: list[dict[str, Any]] = []
+    overruns: dict[str, float] = {}
+    for mbps in extent.bandwidths_mbps:
+        for load in extent.loads:
+            for plan in plans:
+                rate = load * capacity_rps(profile, plan, mbps)
+                # At least one request is expected per cell, however slow the plan.
+                steps = int(np.ceil(max(min(extent.requests / rate, extent.seconds), 1.0)))
+                rate = max(rate, 1.0 / steps)
+                model = CostModel(profile, constant_scenario(base, mbps, float(steps)))
+                arm = Static("plan", plan)
+                live = LiveSystem(
+                    model, client, random_inputs(profile.spec.input_shape), testbed, rate
+                )
+                try:
+                    real = run_arm(live, arm, seed=SEED, n_intervals=steps)
+                    overruns = live.overrun_share()
+                finally:
+                    live.close()
+                simulator = Simulator(model, 1, SEED, rate_rps=rate, record_requests=True)
+                virtual = run_arm(simulator, arm, seed=SEED, n_intervals=steps)
+                if len(real.latency_s) and len(virtual.latency_s):
+                    rows.append(
+                        {
+                            "mbps": mbps,
+                            "load": load,
+                            "plan": list(plan.cuts),
+                            "requests": len(real.latency_s),
+                            "measured": _figures(real),
+                            "simulated": _figures(virtual),
+                        }
+                    )
+                tell(len(rows), total)
+    return rows, overruns
+
+
+def _figures(run: ArmRun) -> dict[str, Any]:
+    """Latency, and per completed request the time in each node and on each hop; all ms."""
+    spent, done = run.spent, max(int(run.spent.completed.sum()), 1)
+
+    def each(total_s: NDArray[np.float64]) -> list[float]:
+        mean: list[float] = (1e3 * total_s.sum(axis=0) / done).tolist()
+        return mean
+
+    return {
+        "mean_ms": 1e3 * float(run.latency_s.mean()),
+        "p95_ms": 1e3 * float(np.percentile(run.latency_s, 95)),
+        "node_ms": each(spent.node_busy_s),
+        "hop_ms": each(spent.hop_transmit_s),
+    }
+
+
+def error(row: dict[str, Any], what: str) -> float:
+    """Simulated over measured, less 1."""
+    return float(row["simulated"][what] / row["measured"][what] - 1.0)
+
+
+def summary(rows: Sequence[dict[str, Any]], nodes: Sequence[str]) -> dict[str, Any]:
+    """Mean absolute percentage errors: of mean and p95 latency, per node and per hop.
+
+    A node or hop counts in the cells where it took at least 1 ms; None where there are none.
+
+    Args:
+        rows: The cells.
+        nodes: The nodes' names.
+    """
+    hops = [f"{a} - {b}" for a, b in pairwise(nodes)]
+
+    def parts(key: str, names: Sequence[str]) -> dict[str, float | None]:
+        out: dict[str, float | None] = {}
+        for k, name in enumerate(names):
+            pairs = [(r["simulated"][key][k], r["measured"][key][k]) for r in rows]
+            errors = [abs(s / m - 1.0) for s, m in pairs if m >= LEAST_MS]
+            out[name] = float(np.mean(errors)) if errors else None
+        return out
+
+    return {
+        "mape": {
+            "mean": float(np.mean([abs(error(r, "mean_ms")) for r in rows])),
+            "p95": float(np.mean([abs(error(r, "p95_ms")) for r in rows])),
+            "nodes": parts("node_ms", nodes),
+            "hops": parts("hop_ms", hops),
+        }
+    }
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """The summary in words."""
+    mape = result["mape"]
+    parts = {**mape["nodes"], **mape["hops"]}
+    each = ", ".join(f"{k} {'-' if v is None else f'{v:.1%}'}" for k, v in parts.items())
+    found = [
+        f"mean absolute percentage error over {len(result['rows'])} cells: mean latency "
+        f"{mape['mean']:.1%}, p95 {mape['p95']:.1%}",
+        f"in nodes and on hops: {each}",
+    ]
+    late = {k: v for k, v in result["overrun_share"].items() if v > MAX_OVERRUN_SHARE}
+    found += [
+        f"not valid: {v:.1%} of {k}'s stages ended late (at most {MAX_OVERRUN_SHARE:.0%})"
+        for k, v in late.items()
+    ]
+    return found
