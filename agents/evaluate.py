@@ -29,6 +29,7 @@ from agents.report.evaluation import write_report
 from agents.report.terminal import TABLE_WIDTH, plot, table
 from agents.studies.cadence import cadence_table, run_each
 from agents.studies.comparison import compare
+from agents.studies.workers import WORKERS_HELP
 from env.splits import PARTS
 from executor.errors import ConfigError
 from executor.files import write_json
@@ -189,6 +190,7 @@ def _parser() -> argparse.ArgumentParser:
         "reference's start-up takes where it takes part)",
     )
     add_transfer_argument(parser)
+    add("--workers", default="1", metavar="N", help=WORKERS_HELP)
     add("--checkpoint", type=Path, help="directory (default: checkpoints/MODEL)")
     add("--profile", type=Path, help="profile JSON (default: the checkpoint's; testbed: measured)")
     add("--json", type=Path, help="write the results here")

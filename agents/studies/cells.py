@@ -7,9 +7,10 @@ the other, in real time.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from math import ceil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,9 +52,9 @@ class Cell:
         model: The system's cost model, its scenario's arrival rate being the cell's.
         arms: Their names.
         checkpoint: The trained policy, if an arm needs one.
-        bar: Shows how far it is.
         name: Of the conditions.
         change_every_s: Conditions change at this pace (`env.changing`), in the simulator.
+        bar: Shows how far it is.
     """
 
     def __init__(
@@ -62,9 +63,9 @@ class Cell:
         model: CostModel,
         arms: list[str],
         checkpoint: Checkpoint | None,
-        bar: Progress,
         name: str = "",
         change_every_s: float | None = None,
+        bar: Progress | None = None,
     ) -> None:
         self.args, self.model, self.arms, self.checkpoint = args, model, arms, checkpoint
         self.fraction = model.rate_rps() / model.capacity_rps
@@ -80,20 +81,23 @@ class Cell:
         self._live = args.backend == "testbed"
         self._seeds = range(args.first_seed, args.first_seed + args.seeds)
         self.startup = self._startup()
-        length = self.startup + self.n_intervals
         self._timed = min(self.n_intervals, TIMED_INTERVALS)
-        timed = (self.startup + self._timed) * len(set(arms) - {"oracle"})
-        timed = 0 if self._live else timed
-        runs_per_arm = args.seeds * args.repeats if self._live else 1
-        self._bar = bar
-        self._task = bar.add_task(
-            f"{name} {self.fraction:.3g} of capacity".strip(),
-            note="",
-            total=length * len(arms) * runs_per_arm + timed,
-        )
+        self._advance: Callable[[], None] = lambda: None
+        if bar is not None:
+            self._show(bar, f"{name} {self.fraction:.3g} of capacity".strip())
 
-    def _advance(self) -> None:
-        self._bar.advance(self._task)
+    def _show(self, bar: Progress, name: str) -> None:
+        """Let the bar follow the intervals played."""
+        length = self.startup + self.n_intervals
+        timed = (self.startup + self._timed) * len(set(self.arms) - {"oracle"})
+        runs_per_arm = self.args.seeds * self.args.repeats if self._live else 1
+        total = length * len(self.arms) * runs_per_arm + (0 if self._live else timed)
+        task = bar.add_task(name, note="", total=total)
+        self._advance = lambda: bar.advance(task)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs; a bar is this one's."""
+        return {**self.__dict__, "_advance": None}
 
     def _simulator(self, batch: int) -> Simulator:
         model, seed = self.model, self.args.first_seed

@@ -6,13 +6,14 @@ import argparse
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
+from rich.progress import Progress
 
 from agents.arms.controllers import ARMS
 from agents.arms.runtime import Checkpoint
@@ -22,6 +23,7 @@ from agents.studies import cells
 from agents.studies.cells import Cell
 from agents.studies.compare import BATTERY_WH, ArmRun, per_row, summarise
 from agents.studies.provenance import provenance, without_folders
+from agents.studies.workers import spread, workers
 from env.conditions import BYTES_PER_S_PER_MBPS, mean_delay_s
 from env.predict import CostModel
 from env.scenario import Scenario
@@ -51,6 +53,9 @@ def compare(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """
     if args.startup_s is not None and not args.startup_s >= 0:
         raise ConfigError(f"--startup-s must be >= 0, got {args.startup_s}")
+    count = workers(args.workers)
+    if count != 1 and args.backend == "testbed":
+        raise ConfigError("--workers is for the simulator: on the testbed runs take turns")
     conditions = [replace(c, scenario=_at_cadence(args, c.scenario)) for c in _conditions(args)]
     scenario = conditions[0].scenario
     rates = numbers("--rates", args.rates, "fractions", "0.4,0.8", 100.0)
@@ -61,20 +66,15 @@ def compare(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         raise ConfigError("arm oracle knows the future, which only --backend simulator can tell")
     checkpoint = Checkpoint.load(directory, name) if set(arms) & set(POLICY_ARMS) else None
     profile = _profile(args, directory, scenario)
-    by_condition: list[list[Cell]] = []
-    with progress(console) as bar, _quiet_guards():
-        for condition in conditions:
-            played = condition.scenario
-            at_rates = [played.replace(capacity_fraction=f, rate_rps=0.0) for f in rates]
-            by_condition.append([])
-            for at_rate in at_rates or [played]:
-                model = CostModel(profile, at_rate)
-                cell = Cell(
-                    args, model, arms, checkpoint, bar, condition.name, condition.change_every_s
-                )
-                cell.run()
-                by_condition[-1].append(cell)
-    done = [cell for row in by_condition for cell in row]
+    pieces: list[_Piece] = []
+    for condition in conditions:
+        played = condition.scenario
+        at_rates = [played.replace(capacity_fraction=f, rate_rps=0.0) for f in rates] or [played]
+        what = (condition.name, condition.change_every_s)
+        pieces += [_Piece(args, profile, s, arms, checkpoint, *what) for s in at_rates]
+    done = _play(pieces, count, console)
+    per_condition = len(pieces) // len(conditions)
+    by_condition = [done[i : i + per_condition] for i in range(0, len(done), per_condition)]
     by_rate: dict[str, list[Cell]] = {}
     for cell in done:
         by_rate.setdefault(f"{cell.fraction:.3g}", []).append(cell)
@@ -114,6 +114,41 @@ def compare(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         **({"split": args.split or "test"} if args.traces is not None else {}),
         "trajectory": _trajectory(conditions[0].name, by_condition[0]),
     }
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A cell to play, wherever that is."""
+
+    args: argparse.Namespace
+    profile: Profile
+    scenario: Scenario
+    arms: list[str]
+    checkpoint: Checkpoint | None
+    name: str
+    change_every_s: float | None
+
+    def play(self, bar: Progress | None = None) -> Cell:
+        model = CostModel(self.profile, self.scenario)
+        with _quiet_guards():
+            cell = Cell(
+                self.args, model, self.arms, self.checkpoint, self.name, self.change_every_s, bar
+            )
+            cell.run()
+        return cell
+
+
+def _play(pieces: Sequence[_Piece], count: int | str, console: Console) -> list[Cell]:
+    """Every cell, in the order of the pieces, however many are played at once."""
+    with progress(console) as bar:
+        if count == 1:
+            return [piece.play(bar) for piece in pieces]
+        task = bar.add_task("cells", total=len(pieces), note=f"{count} at once")
+        done: dict[int, Cell] = {}
+        for place, cell in spread(_Piece.play, pieces, count):
+            done[place] = cell
+            bar.advance(task)
+        return [done[place] for place in range(len(pieces))]
 
 
 @contextmanager
