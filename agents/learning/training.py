@@ -31,7 +31,7 @@ from env.predict import CostModel
 from env.simulator import Simulator
 from env.vector import SimulatorVecEnv
 
-__all__ = ["TrainingResult", "TrainingSettings", "train_policy"]
+__all__ = ["TrainingResult", "TrainingSettings", "judge", "train_policy"]
 
 VALIDATION_SEED = 7_000_000
 # (phase, done, total, best cost ratio to the solver so far)
@@ -141,7 +141,7 @@ class _Validation(BaseCallback):
     ) -> None:
         super().__init__()
         self.cost_model, self.settings, self.report = model, settings, report
-        self.judge = _judge(model, settings)
+        self.judge = judge(model, settings)
         self.history: list[tuple[int, float]] = []
         self.best: dict[str, float] = {}
         self.best_weights: dict[str, torch.Tensor] = {}
@@ -220,17 +220,23 @@ class _Validation(BaseCallback):
         return True
 
 
-def _judge(model: CostModel, settings: TrainingSettings) -> Judge:
-    """Validates under the scenario's own conditions, and under varied ones."""
+def judge(model: CostModel, settings: TrainingSettings, seed: int = VALIDATION_SEED) -> Judge:
+    """Compares policies with the solver under the scenario's own conditions, and varied ones.
+
+    Args:
+        model: What they decide for.
+        settings: How they are trained: `validation_envs` of each kind, at the `rates`.
+        seed: Names the conditions; what is not the default's has chosen no weights.
+    """
     count = settings.validation_envs
     rates = np.linspace(*settings.rates, count) * model.capacity_rps
     varied = replace(settings.mixture, own_share=0.0)
-    conditions = MixedConditions(model, varied, settings.rates, count, VALIDATION_SEED)
+    conditions = MixedConditions(model, varied, settings.rates, count, seed)
     simulators = {
-        "own": Simulator(model, count, VALIDATION_SEED, rate_rps=rates),
-        "varied": Simulator(varied.system(model), count, VALIDATION_SEED, conditions=conditions),
+        "own": Simulator(model, count, seed, rate_rps=rates),
+        "varied": Simulator(varied.system(model), count, seed, conditions=conditions),
     }
-    return Judge(simulators, VALIDATION_SEED, min(100, model.scenario.steps_per_episode))
+    return Judge(simulators, seed, min(100, model.scenario.steps_per_episode))
 
 
 def to_checkpoint(
