@@ -249,6 +249,18 @@ def test_command_repeats_exactly(profile_file, tmp_path):
     assert results[0] == results[1]
 
 
+def test_cells_are_the_same_side_by_side(profile_file, tmp_path):
+    rows = []
+    for count in ("1", "2"):
+        out = tmp_path / f"{count}.json"
+        argv = command(profile_file, tmp_path, "--arms", "solver", "--rates", "0.4,0.8")
+        assert evaluate.main([*argv, "--workers", count, "--json", str(out)]) == 0
+        result = json.loads(out.read_text())
+        assert list(result["by_rate"]) == ["0.4", "0.8"]
+        rows.append([part["cost_rows"] for part in result["by_rate"].values()])
+    assert rows[0] == rows[1]
+
+
 def test_command_runs_a_live_system_seed_by_seed(profile_file, tmp_path, monkeypatch):
     """The testbed's path, with a simulated environment in its place."""
     opened = []
@@ -278,6 +290,8 @@ def test_command_runs_a_live_system_seed_by_seed(profile_file, tmp_path, monkeyp
         (["--backend", "testbed", "--arms", "oracle"], "only --backend simulator can tell"),
         (["--rates", "fast"], "--rates must be fractions like 0.4,0.8, got 'fast'"),
         (["--rates", "0.4,-1"], "--rates must be different fractions above 0"),
+        (["--workers", "none"], "--workers takes a positive count of processes, or ray"),
+        (["--workers", "2", "--backend", "testbed"], "--workers is for the simulator"),
         (["--startup-s", "-1"], "--startup-s must be >= 0"),
         (["--interval", "often"], "--interval must be seconds like 0.05,1,10, got 'often'"),
         (["--interval", "1,1"], "--interval must be different seconds above 0"),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from stable_baselines3 import PPO
 
+from agents import train_seeds
 from agents.arms.controllers import Controller, Solver
 from agents.arms.runtime import Checkpoint, PolicyController, PolicyNetwork
 from agents.learning.hindsight import HindsightSettings
@@ -285,3 +286,18 @@ def test_checkpoint_round_trip_and_refusals(model: CostModel, tmp_path: Path) ->
         Checkpoint.load(tmp_path, "alexnet")
     with pytest.raises(ConfigError, match=r"python train\.py --model alexnet"):
         Checkpoint.load(tmp_path / "nowhere", "alexnet")
+
+
+def test_a_training_is_told_by_its_seed(
+    model: CostModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = tmp_path / "profile.json", tmp_path / "seeds.json"
+    model.profile.save(path)
+    monkeypatch.setattr(train_seeds, "TrainingSettings", lambda hindsight: TINY)
+    argv = ["--model", "alexnet", "--profile", str(path), "--seeds", "2", "--json", str(out)]
+    assert train_seeds.main(argv) == 0
+    first, second = json.loads(out.read_text())["trainings"]
+    assert [first["seed"], second["seed"]] == [0, 1]
+    assert first["held_out"] != second["held_out"]
+    # Other conditions than those that chose the weights.
+    assert first["held_out"] != first["validation"]
