@@ -29,7 +29,7 @@ from rich.console import Console
 
 from executor import chaos
 from executor.errors import SplitpilotError
-from executor.files import write_atomic
+from executor.files import write_json
 from executor.model import MODELS
 from executor.testbed import Testbed
 
@@ -187,7 +187,7 @@ def main() -> int:
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "processes": [life.plain() for life in lives],
         }
-        write_atomic(args.json, (json.dumps(values, indent=1) + "\n").encode())
+        write_json(args.json, values)
     ends = ", ".join(f"{n} {what}" for what, n in sorted(report.ends.items()))
     console.print(
         f"{report.seconds / 60:.1f} minutes at {report.rate_rps:.2f} of "

@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,12 +59,18 @@ class Measured:
 
 
 @lru_cache(maxsize=1)
+def _file() -> dict[str, Any]:
+    raw: dict[str, Any] = tomllib.loads(FILE.read_text())
+    return raw
+
+
 def measured() -> dict[str, Measured]:
     """Its figures, by model."""
-    models = tomllib.loads(FILE.read_text())["models"]
     return {
-        name: Measured(tuple(m.pop("single_ms")), tuple(m.pop("single_j")), **m)
-        for name, m in models.items()
+        name: Measured(
+            **{**m, "single_ms": tuple(m["single_ms"]), "single_j": tuple(m["single_j"])}
+        )
+        for name, m in _file()["models"].items()
     }
 
 
@@ -82,7 +89,7 @@ def reference_profile(spec: ModelSpec, scenario: Scenario) -> Profile:
         single_ms, shares = _estimated(spec.name)
         origin = "estimated from VGG16 in arXiv 2605.09623, Table 1"
     shares /= shares.sum()
-    rate = float(tomllib.loads(FILE.read_text())["bytes_per_s"])
+    rate = float(_file()["bytes_per_s"])
     return Profile(
         spec=spec,
         nodes=tuple(

@@ -8,7 +8,6 @@ a request did not end exactly once, or a promise beside these was broken.
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import statistics
@@ -31,7 +30,7 @@ from executor._chaos import FAULTS, Fault, Ground, Load, Outcome, Pairs, full_di
 from executor.arguments import Parser
 from executor.client import Client
 from executor.errors import ConfigError, SplitpilotError
-from executor.files import write_atomic
+from executor.files import write_json
 from executor.model import MODELS, build_chain, sample_input
 from executor.netns import add_isolation_argument, check_isolation
 from executor.plan import ModelSpec, Plan
@@ -448,7 +447,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             console=console,
         )
         if args.json:
-            write_atomic(args.json, (json.dumps(report.plain(), indent=1) + "\n").encode())
+            write_json(args.json, report.plain())
     except (SplitpilotError, OSError) as error:
         print(f"executor.chaos: {error}", file=sys.stderr)
         return 2
