@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import ctypes
 import gc
 import json
 import logging
@@ -374,6 +375,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A full collection would go through all of torch: tens of ms in the middle of a request.
         gc.collect()
         gc.freeze()
+        _give_back_memory()
         print(f"READY {node.port}", flush=True)
         _log.info("serving on port %d", node.port, extra={"port": node.port})
         try:
@@ -421,6 +423,12 @@ def _monitor(
     following = [node.name for node in cluster.nodes[index + 1 : index + 2]]
     monitor = NodeMonitor(args.role, "".join(following), args.metrics_host, port)
     return stack.enter_context(monitor).watch
+
+
+def _give_back_memory() -> None:
+    """Return to the system what building the model took for a while (glibc keeps it otherwise)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _read(fd: int) -> bytes:
