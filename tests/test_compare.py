@@ -8,9 +8,10 @@ import json
 import numpy as np
 import pytest
 
-from agents import cells, evaluate
+from agents import evaluate
 from agents.arms.controllers import ArmContext, Solver, Static, make_arm
 from agents.paired import bootstrap_mean, paired_ratio
+from agents.studies import cells
 from agents.studies.compare import (
     ArmRun,
     best_static_cuts,

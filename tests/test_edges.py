@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from toy_chain import toy_profile, toy_scenario
 
-from agents import crowd, edges
+from agents import edges
 from agents.arms.controllers import Controller, Decision, Solver, Static
 from agents.arms.paper import Paper
 from agents.arms.staggered import CountingOthers, Staggered
+from agents.studies import crowd
 from agents.studies.compare import run_arm
 from agents.studies.crowd import Crowd, crowd_model
 from env.conditions import Conditions
