@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from executor._weights import digest_of, seed_weights, seeded_tensor, stored_state
 from executor.errors import ConfigError, StageAbandoned, one_line
+from executor.flops import FlopCounter
 from executor.modelref import model_label
 from executor.networks import INPUT_SHAPE, Network, load_network, trained_state
 from executor.plan import ModelSpec, candidate_cuts
@@ -257,12 +257,12 @@ def _survey(model: str) -> _Survey:
     costs, writes_input = [], []
     for unit in units.values():
         version, entered = y._version, y
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), FlopCounter() as counter:
             y = unit(y)
         writes_input.append(entered._version != version)
         cut_bytes.append(y.nbytes)
         param_bytes = sum(p.nbytes for p in unit.parameters())
-        costs.append(UnitCost(counter.get_total_flops(), param_bytes, sum(cut_bytes[-2:])))
+        costs.append(UnitCost(counter.total, param_bytes, sum(cut_bytes[-2:])))
     spec = ModelSpec(
         name=model_label(model),
         unit_names=tuple(units),

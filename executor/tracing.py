@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from executor.errors import ConfigError, one_line
+from executor.flops import FlopCounter
 
 __all__ = ["Unit", "head_start", "trace_units"]
 
@@ -180,7 +180,7 @@ def _run(trace: _Trace, input_shape: tuple[int, ...]) -> _Trace:
     x = torch.zeros(input_shape, device=device)
     module = fx.GraphModule(trace.net, trace.graph)
     interpreter = fx.Interpreter(module)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounter() as counter:
         before = 0
         inputs = 0
         for node, copy in zip(trace.graph.nodes, module.graph.nodes, strict=True):
@@ -194,7 +194,7 @@ def _run(trace: _Trace, input_shape: tuple[int, ...]) -> _Trace:
                 value = interpreter.run_node(copy)
             interpreter.env[copy] = value
             trace.values[node] = value
-            total = counter.get_total_flops()
+            total = counter.total
             trace.flops[node] = total - before
             before = total
     for node in list(trace.graph.nodes):

@@ -4,11 +4,14 @@ import socket
 import threading
 import time
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 
 from executor.node import Node
+
+SMALL_NET = f"{Path(__file__).with_name('small_net.py')}:make"
 
 
 def free_ports(count):
@@ -35,10 +38,10 @@ def local_nodes(cluster, ratio=None, clusters=None):
         yield nodes
 
 
-def until(condition):
-    deadline = time.monotonic() + 10
+def until(condition, timeout_s=10.0):
+    deadline_s = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline_s, "it never came true"
         time.sleep(0.02)
 
 

@@ -8,6 +8,7 @@ from contextlib import closing
 
 import pytest
 import torch
+from local_nodes import SMALL_NET
 
 from agents.cli import model_argument
 from executor import backends
@@ -39,11 +40,16 @@ def need(backend):
         pytest.skip('onnx and onnxruntime are not installed (pip install -e ".[onnx]")')
 
 
+@pytest.fixture(scope="module", params=MODELS)
+def eager(request):
+    """The reference: one of each shipped model, for all backends in turn."""
+    return build_chain(request.param)
+
+
 @pytest.mark.parametrize("backend", ["tuned", "onnx"])
-@pytest.mark.parametrize("model", MODELS)
-def test_a_backend_agrees_with_eager_at_every_candidate_cut(model, backend):
+def test_a_backend_agrees_with_eager_at_every_candidate_cut(eager, backend):
     need(backend)
-    eager = build_chain(model)
+    model = eager.spec.name
     chain, name = build_backend(backend, model)
     assert (name, chain.digest, chain.spec) == (backend, eager.digest, eager.spec)
     n = chain.spec.n_units
@@ -99,28 +105,28 @@ def test_auto_takes_the_fastest(monkeypatch):
 
 
 def test_a_node_names_its_backend_and_a_mixed_chain_agrees(tmp_path):
-    eager = build_chain("squeezenet1_1")
+    eager = build_chain(SMALL_NET)
     n = eager.spec.n_units
     cloud = NodeConfig("cloud", "127.0.0.1", 0)
     edge = NodeConfig("edge", "127.0.0.1", 0)
     with closing(
-        Child("cloud", "executor.node", node_args("cloud", (edge, cloud), tmp_path))
+        Child("cloud", "executor.node", node_args("cloud", SMALL_NET, (edge, cloud), tmp_path))
     ) as last:
         cloud = NodeConfig("cloud", "127.0.0.1", int(last.read_line(60.0).split()[1]))
-        args = [*node_args("edge", (edge, cloud), tmp_path), "--backend", "eager"]
+        args = [*node_args("edge", SMALL_NET, (edge, cloud), tmp_path), "--backend", "eager"]
         with closing(Child("edge", "executor.node", args)) as first:
             edge = NodeConfig("edge", "127.0.0.1", int(first.read_line(60.0).split()[1]))
-            with Client(Cluster("squeezenet1_1", "none", (edge, cloud))) as client:
+            with Client(Cluster(SMALL_NET, "none", (edge, cloud))) as client:
                 hello = client.connect(30.0)
                 assert [node["backend"] for node in hello] == ["eager", "tuned"]
-                x = sample_input(3)
+                x = sample_input(3, eager.spec.input_shape)
                 reply = client.submit(x, Plan((9,))).result(60.0)
     assert difference(torch.as_tensor(reply.output), eager.run(x, 0, n)) < TOLERANCE
 
 
-def node_args(role, nodes, directory):
+def node_args(role, model, nodes, directory):
     path = directory / f"{role}.toml"
-    cluster = Cluster("squeezenet1_1", "none", nodes, threads=1, backend="tuned")
+    cluster = Cluster(model, "none", nodes, threads=1, backend="tuned")
     assert Cluster.from_toml(cluster.to_toml()) == cluster
     path.write_text(cluster.to_toml())
     return ["--role", role, "--cluster", str(path), "--control-stdin"]

@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from local_nodes import SMALL_NET
 from stable_baselines3 import PPO
 
 import train
@@ -133,8 +134,8 @@ def test_deploy_serves_with_the_policy(trained: Path, tmp_path: Path) -> None:
 def test_interrupted_deploy_ends_with_a_summary(tmp_path: Path) -> None:
     before, out = children_of_tests(), tmp_path / "summary.json"
     with subprocess.Popen(
-        [sys.executable, "-m", "agents.deploy", "--controller", "cloud", "--rate", "4",
-         "--json", str(out), "--runs", str(tmp_path)],
+        [sys.executable, "-m", "agents.deploy", "--model", SMALL_NET, "--controller", "cloud",
+         "--rate", "4", "--json", str(out), "--runs", str(tmp_path)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
     ) as process:  # fmt: skip

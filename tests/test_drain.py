@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import zmq
-from local_nodes import free_ports
+from local_nodes import SMALL_NET, free_ports
 from prometheus_client.parser import text_string_to_metric_families
 from test_metrics import get
 
@@ -244,8 +244,8 @@ def test_an_agent_on_sigterm_ends_with_its_summary(tmp_path: Path) -> None:
     metrics, page = free_ports(2)
     out = tmp_path / "summary.json"
     with subprocess.Popen(
-        [sys.executable, "-m", "agents.deploy", "--controller", "cloud", "--rate", "4",
-         "--json", str(out), "--runs", str(tmp_path), "--metrics-port", str(metrics),
+        [sys.executable, "-m", "agents.deploy", "--model", SMALL_NET, "--controller", "cloud",
+         "--rate", "4", "--json", str(out), "--runs", str(tmp_path), "--metrics-port", str(metrics),
          "--dashboard", str(page), "--log-format", "json", "--log-level", "info"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip

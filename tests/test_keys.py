@@ -5,11 +5,11 @@ import os
 import socket
 import stat
 import threading
-import time
 from contextlib import contextmanager
 
 import pytest
 import zmq
+from local_nodes import until
 
 from executor._sockets import HandshakeMonitor, authenticate, bind_router, connect_dealer
 from executor.cluster import Cluster, DirectLink, NodeConfig
@@ -194,13 +194,6 @@ def fog(cluster):
             auth.stop()
 
 
-def until(condition, timeout_s=20.0):
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s, "it never came true"
-        time.sleep(0.01)
-
-
 def test_only_the_allow_list_gets_in_and_strangers_are_counted(folder, tmp_path):
     """Every .key of the folder used to be let in; now the client's is a stranger to the fog."""
     cluster = chain(folder)
@@ -229,12 +222,12 @@ def test_only_the_allow_list_gets_in_and_strangers_are_counted(folder, tmp_path)
         for keys_dir, name in strangers:
             before = refused()
             with dial(keys_dir, name):
-                until(lambda before=before: refused() > before)
+                until(lambda before=before: refused() > before, 20.0)
         before = refused()
         for _ in range(3):
             with socket.create_connection(("127.0.0.1", port)) as scanner:
                 scanner.sendall(b"GET / HTTP/1.0\r\n\r\n" + bytes(64))
-        until(lambda: refused() >= before + 3)
+        until(lambda: refused() >= before + 3, 20.0)
         assert router.poll(0) == 0, "a stranger's message came through"
         with dial(folder, "edge"):
             assert router.poll(20_000)

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import zmq
-from local_nodes import free_ports
+from local_nodes import SMALL_NET, free_ports
 from prometheus_client.parser import text_string_to_metric_families
 from test_dashboard import Feed, get
 
@@ -72,7 +72,7 @@ class Chain:
         ports = free_ports(4)
         edge = NodeConfig("edge", "127.0.0.1", ports[0], metrics_port=ports[2])
         cloud = NodeConfig("cloud", "127.0.0.1", ports[1])
-        self.cluster = Cluster("mobilenet_v2", "none", (edge, cloud), threads=1)
+        self.cluster = Cluster(SMALL_NET, "none", (edge, cloud), threads=1)
         file = folder / "cluster.toml"
         file.write_text(self.cluster.to_toml())
         assert Cluster.load(file) == self.cluster
@@ -197,7 +197,7 @@ def test_health_follows_the_neighbour(chain: Chain, nodes: object) -> None:
     edge, cloud = chain.urls
     status, facts = health(edge)
     assert status == 200 and facts["status"] == "serving" and facts["next"] == "cloud"
-    assert facts["next_heard_ago_s"] < 60 and facts["model"] == "mobilenet_v2"
+    assert facts["next_heard_ago_s"] < 60 and facts["model"] == "small_net.make"
     assert health(cloud)[0] == 200
     chain.processes[1].kill()
     deadline = time.monotonic() + 20

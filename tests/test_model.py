@@ -3,9 +3,12 @@ import importlib
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from executor._weights import seed_weights
 from executor.errors import ConfigError
+from executor.flops import FlopCounter
 from executor.model import MODELS, build_chain, model_spec, sample_input
 from executor.networks import load_network, torchvision_models
 from executor.plan import Plan, candidate_cuts, candidate_plans, is_constrained, plan_mask
@@ -235,3 +238,20 @@ def test_another_import_error_of_torchvision_is_not_hidden(monkeypatch):
     monkeypatch.setattr(importlib, "import_module", broken)
     with pytest.raises(RuntimeError, match="something else"):
         torchvision_models.__wrapped__()
+
+
+def test_operations_are_counted_as_torch_counts_them():
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, groups=1), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Flatten(2),
+        nn.TransformerEncoderLayer(36, 4, 20, batch_first=True), nn.Linear(36, 5),
+    ).eval()  # fmt: skip
+    x = torch.zeros(1, 3, 10, 10)
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as expected:
+            net(x)
+        with FlopCounter() as counter:
+            net(x)
+    assert counter.total == expected.get_total_flops() > 0
+    assert FlopCounter().total == 0
+    # Not wrapped in what imports torch's compiler at the first operation.
+    assert not hasattr(FlopCounter.__torch_dispatch__, "__wrapped__")

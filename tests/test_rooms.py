@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,7 @@ def room(module: str) -> str:
     return inside if inside in MAY_IMPORT else "agents"
 
 
+@functools.cache
 def imported(module: str) -> set[str]:
     """The project's modules that one names, wherever in it: also inside functions."""
     path = ROOT.joinpath(*module.split("."))

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from local_nodes import SMALL_NET, until
 
 from executor.errors import ConfigError, HandshakeError, RequestError
 from executor.model import build_chain, sample_input
 from executor.plan import Plan
 from executor.testbed import Testbed, TestbedHop, TestbedNode
 
-MODEL = "mobilenet_v2"
+MODEL = SMALL_NET
 N_UNITS = 21
 DEADLINE_S = 60.0
 NODES = (
@@ -72,13 +73,6 @@ def gone(pid):
     return stat.rpartition(")")[2].split()[0] in "ZX"
 
 
-def wait_until(condition):
-    deadline_s = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.05)
-
-
 def test_every_kind_of_plan_equals_the_whole_model(client, expected):
     n = N_UNITS
     plans = [(10, 19), (n, n), (0, n), (0, 0), (5, 5), (5, n), (0, 7), (14, 18)]
@@ -125,11 +119,11 @@ def test_a_rate_change_is_felt_by_what_is_under_way(calm, client, expected):
 def test_a_load_change_slows_a_node_and_not_its_work(calm, client, expected):
     x, output = expected[1]
     calm.set_load("edge", 0.8)
-    wait_until(lambda: client.status()[0].load == pytest.approx(0.8))
+    until(lambda: client.status()[0].load == pytest.approx(0.8), DEADLINE_S)
     record = client.submit(x, Plan((10, 19))).result(DEADLINE_S).record
     assert record.stage_s[0] > 4.9 * record.work_s[0]
     calm.play_load(0, time.monotonic(), 1.0, [0.5])
-    wait_until(lambda: client.status()[0].load == pytest.approx(0.5))
+    until(lambda: client.status()[0].load == pytest.approx(0.5), DEADLINE_S)
     reply = client.submit(x, Plan((10, 19))).result(DEADLINE_S)
     assert same(reply, output)
     assert reply.record.stage_s[0] > 1.95 * reply.record.work_s[0]
@@ -153,7 +147,7 @@ def test_a_cut_hop_fails_requests_or_delays_them_and_recovers(calm, testbed, exp
         except RequestError:
             return False
 
-    wait_until(works)
+    until(works, DEADLINE_S)
     client.close()
 
 
@@ -175,7 +169,7 @@ def test_a_killed_node_is_survived_and_can_come_back(calm, testbed, expected):
         except RequestError:
             return False
 
-    wait_until(works)
+    until(works, DEADLINE_S)
     client.close()
 
 
@@ -221,7 +215,7 @@ PARENT = """
 import sys, time
 from executor.testbed import Testbed, TestbedHop, TestbedNode
 nodes = (TestbedNode("edge", 1.5, "pi4"), TestbedNode("cloud", 1.0, "server"))
-testbed = Testbed("mobilenet_v2", nodes=nodes, hops=(TestbedHop(400.0, 0.001),))
+testbed = Testbed(sys.argv[1], nodes=nodes, hops=(TestbedHop(400.0, 0.001),))
 print(*testbed.pids.values(), flush=True)
 time.sleep(600)
 """
@@ -230,7 +224,7 @@ time.sleep(600)
 def test_no_orphans_when_the_parent_is_killed():
     root = Path(__file__).resolve().parent.parent
     with subprocess.Popen(
-        [sys.executable, "-c", PARENT],
+        [sys.executable, "-c", PARENT, MODEL],
         stdout=subprocess.PIPE,
         cwd=root,
         text=True,
@@ -239,4 +233,4 @@ def test_no_orphans_when_the_parent_is_killed():
         assert len(pids) == 3
         assert not any(map(gone, pids))
         parent.send_signal(signal.SIGKILL)
-    wait_until(lambda: all(map(gone, pids)))
+    until(lambda: all(map(gone, pids)), DEADLINE_S)
