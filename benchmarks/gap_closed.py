@@ -1,7 +1,7 @@
 """How much of the best other arm's distance to the clairvoyant oracle the policy closes.
 
 python -m agents.evaluate --model alexnet --traces DIR --arms ...,oracle --json out.json
-python benchmarks/gap_closed.py out.json [more.json ...]
+python benchmarks/gap_closed.py out.json [more.json ...]     # of one model: pooled
 
 Costs are divided by the oracle's mean in their cell (conditions x rate), so that every cell counts
 alike. The share closed is (other - policy) / (other - oracle), of the means over cells; intervals
@@ -20,23 +20,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 F64 = NDArray[np.float64]
+Cell = tuple[str, str, str]  # conditions, their family, rate
 OTHERS = ("paper", "paper-1s", "solver", "predictive", "mpc", "linucb")
-SUBJECTS = ("policy", "policy-all", "guarded")
+SUBJECTS = ("policy", "policy-greedy", "policy-all", "guarded")
 RESAMPLES = 4000
 
 
 def main() -> None:
-    """Print a table for each file: all cells, each family, and the cells lost."""
+    """Print a table for each model: all cells, each family, and the cells lost."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("files", nargs="+", type=Path, help="what `agents.evaluate --json` wrote")
-    for path in parser.parse_args().files:
-        result = json.loads(path.read_text())
-        cells = {
-            (name, condition["family"], rate): costs_over_oracle(part["cost_rows"])
-            for name, condition in result["by_condition"].items()
-            for rate, part in condition["by_rate"].items()
-        }
-        print(f"{result['model']}, {len(cells)} cells of {result['seeds']} seeds")
+    for model, rows in pooled(parser.parse_args().files).items():
+        cells = {cell: costs_over_oracle(costs) for cell, costs in rows.items()}
+        seeds = sorted({len(costs["oracle"]) for costs in rows.values()})
+        print(f"{model}, {len(cells)} cells of {'/'.join(map(str, seeds))} seeds")
         families = dict.fromkeys(family for _, family, _ in cells)
         show("all", list(cells.values()))
         for family in families:
@@ -49,6 +46,22 @@ def main() -> None:
             ]
             won = sum(subject in c and ratio([c], subject)[2] < 1.0 for c in cells.values())
             print(f"  {subject}: better in {won} cells, lost: {'; '.join(lost) or 'none'}")
+
+
+def pooled(files: list[Path]) -> dict[str, dict[Cell, dict[str, list[float]]]]:
+    """By model and cell every arm's cost of each seed; of arms that all of a cell's files have."""
+    models: dict[str, dict[Cell, dict[str, list[float]]]] = {}
+    for path in files:
+        result = json.loads(path.read_text())
+        cells = models.setdefault(result["model"], {})
+        for name, condition in result["by_condition"].items():
+            for rate, part in condition["by_rate"].items():
+                cell, rows = (name, condition["family"], rate), part["cost_rows"]
+                known = cells.get(cell)
+                cells[cell] = (
+                    rows if known is None else {a: known[a] + rows[a] for a in known if a in rows}
+                )
+    return models
 
 
 def costs_over_oracle(rows: dict[str, list[float]]) -> dict[str, F64]:
