@@ -9,6 +9,7 @@ whose intervals together cost least is taken, and all is thought over again an i
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ from env.state import SystemState, idle_probes
 if TYPE_CHECKING:
     from env.system import StepResult
 
-__all__ = ["ModelPredictive", "ModelPredictiveSettings"]
+__all__ = ["ModelPredictive", "ModelPredictiveSettings", "cost_later", "queues_later"]
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
@@ -68,20 +69,13 @@ class ModelPredictive:
         usable = model.usable(state)
         plan, total, after = self._first(now, usable)
         row = np.repeat(np.arange(state.batch), plan.shape[1])
-        for n in range(1, self.settings.horizon):
-            coming = self._forecaster.expected(state, (n + 0.5) * dt).take(row)
-            after = replace(
-                coming,
-                node_backlog_s=after.node_backlog_s,
-                hop_backlog_bytes=after.hop_backlog_bytes,
-                in_flight=after.in_flight,
-            )
-            cost = model.predict(after).cost
-            if usable is not None:
-                cost = np.where(usable[row], cost, np.inf)
-            chosen = cost.argmin(axis=1)
-            total += (cost.min(axis=1) * after.arrival_rps).reshape(total.shape)
-            after = self._later(after, chosen)
+        coming = (
+            self._forecaster.expected(state, (n + 0.5) * dt).take(row)
+            for n in range(1, self.settings.horizon)
+        )
+        total += cost_later(model, after, coming, None if usable is None else usable[row]).reshape(
+            total.shape
+        )
         best = plan[np.arange(state.batch), total.argmin(axis=1)]
         return Decision(model.table.cuts[best], idle_probes(state, model.scenario))
 
@@ -96,31 +90,66 @@ class ModelPredictive:
         plan = np.argsort(cost, axis=1, kind="stable")[:, :tried]
         total = np.take_along_axis(cost, plan, axis=1) * now.arrival_rps[:, None]
         many = now.take(np.repeat(np.arange(now.batch), tried))
-        return plan, total, self._later(many, plan.reshape(-1))
+        return plan, total, queues_later(self._model, many, plan.reshape(-1))
 
-    def _later(self, state: SystemState, plan: I64) -> SystemState:
-        """The queues an interval later, and what is in flight, as fluids."""
-        model, dt = self._model, self._model.scenario.interval_s
-        unit_s, _ = station_seconds(
-            state.node_load,
-            np.maximum(state.bytes_per_s, 1.0),
-            state.node_backlog_s,
-            state.hop_backlog_bytes,
+
+def cost_later(
+    model: CostModel,
+    after: SystemState,
+    coming: Iterable[SystemState],
+    usable: NDArray[np.bool_] | None = None,
+) -> F64:
+    """What the intervals to come cost, [R], the solver's plan being taken in each.
+
+    Args:
+        model: Predicts.
+        after: R states whose queues the first of them begins with.
+        coming: What is expected of all else in each of them, R states each.
+        usable: [R, A] plans that can be used; None: all.
+    """
+    total = np.zeros(after.batch)
+    for expected in coming:
+        after = replace(
+            expected,
+            node_backlog_s=after.node_backlog_s,
+            hop_backlog_bytes=after.hop_backlog_bytes,
+            in_flight=after.in_flight,
         )
-        unit_s = unit_s[:, :, 0]
-        demand = model.demand[:, 0, plan]  # [S, R]
-        backlog = np.empty_like(demand)
-        backlog[0::2], backlog[1::2] = state.node_backlog_s.T, state.hop_backlog_bytes.T
-        # What a station lets through bounds what reaches those behind it.
-        slowest_s = np.maximum(np.maximum.accumulate(demand * unit_s, axis=0), 1e-9)
-        inflow_rps = np.tile(state.arrival_rps, (len(demand), 1))
-        inflow_rps[1:] = np.minimum(inflow_rps[1:], 1.0 / slowest_s[:-1])
-        backlog = np.maximum(backlog + dt * (inflow_rps * demand - 1.0 / unit_s), 0.0)
-        return replace(
-            state,
-            node_backlog_s=backlog[0::2].T,
-            hop_backlog_bytes=backlog[1::2].T,
-            in_flight=np.maximum(
-                state.in_flight + dt * (state.arrival_rps - 1.0 / slowest_s[-1]), 0.0
-            ),
-        )
+        cost = model.predict(after).cost
+        if usable is not None:
+            cost = np.where(usable, cost, np.inf)
+        total += cost.min(axis=1) * after.arrival_rps
+        after = queues_later(model, after, cost.argmin(axis=1))
+    return total
+
+
+def queues_later(model: CostModel, state: SystemState, plan: I64) -> SystemState:
+    """The queues an interval later, and what is in flight, as fluids.
+
+    Args:
+        model: Its scenario's interval counts.
+        state: R states.
+        plan: [R] index of the plan held in each.
+    """
+    dt = model.scenario.interval_s
+    unit_s, _ = station_seconds(
+        state.node_load,
+        np.maximum(state.bytes_per_s, 1.0),
+        state.node_backlog_s,
+        state.hop_backlog_bytes,
+    )
+    unit_s = unit_s[:, :, 0]
+    demand = model.demand[:, 0, plan]  # [S, R]
+    backlog = np.empty_like(demand)
+    backlog[0::2], backlog[1::2] = state.node_backlog_s.T, state.hop_backlog_bytes.T
+    # What a station lets through bounds what reaches those behind it.
+    slowest_s = np.maximum(np.maximum.accumulate(demand * unit_s, axis=0), 1e-9)
+    inflow_rps = np.tile(state.arrival_rps, (len(demand), 1))
+    inflow_rps[1:] = np.minimum(inflow_rps[1:], 1.0 / slowest_s[:-1])
+    backlog = np.maximum(backlog + dt * (inflow_rps * demand - 1.0 / unit_s), 0.0)
+    return replace(
+        state,
+        node_backlog_s=backlog[0::2].T,
+        hop_backlog_bytes=backlog[1::2].T,
+        in_flight=np.maximum(state.in_flight + dt * (state.arrival_rps - 1.0 / slowest_s[-1]), 0.0),
+    )
