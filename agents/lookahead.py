@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.mpc import cost_later, queues_later
+from agents.mpc import cost_later
 from env.predict import CostModel
 from env.state import SystemState
 
@@ -57,7 +57,8 @@ class Lookahead:
         many = state.take(row)
         later = cost_later(
             model,
-            queues_later(model, many, plan.reshape(-1)),
+            many,
+            plan.reshape(-1),
             [many] * (self.horizon - 1),
             None if usable is None else usable[row],
         )

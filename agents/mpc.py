@@ -67,59 +67,58 @@ class ModelPredictive:
         self._forecaster.observe(state)
         now = self._forecaster.expected(state, 0.5 * dt)
         usable = model.usable(state)
-        plan, total, after = self._first(now, usable)
+        plan, total = self._first(now, usable)
         row = np.repeat(np.arange(state.batch), plan.shape[1])
         coming = (
             self._forecaster.expected(state, (n + 0.5) * dt).take(row)
             for n in range(1, self.settings.horizon)
         )
-        total += cost_later(model, after, coming, None if usable is None else usable[row]).reshape(
-            total.shape
-        )
+        allowed = None if usable is None else usable[row]
+        later = cost_later(model, now.take(row), plan.reshape(-1), coming, allowed)
+        total += later.reshape(total.shape)
         best = plan[np.arange(state.batch), total.argmin(axis=1)]
         return Decision(model.table.cuts[best], idle_probes(state, model.scenario))
 
-    def _first(
-        self, now: SystemState, usable: NDArray[np.bool_] | None
-    ) -> tuple[I64, F64, SystemState]:
-        """Plans tried [B, K], what the coming interval costs with each, and the states after it."""
+    def _first(self, now: SystemState, usable: NDArray[np.bool_] | None) -> tuple[I64, F64]:
+        """Plans tried [B, K], and what the coming interval costs with each."""
         cost = self._model.predict(now).cost
         if usable is not None:
             cost = np.where(usable, cost, np.inf)
         tried = min(self.settings.tried, cost.shape[1])
         plan = np.argsort(cost, axis=1, kind="stable")[:, :tried]
-        total = np.take_along_axis(cost, plan, axis=1) * now.arrival_rps[:, None]
-        many = now.take(np.repeat(np.arange(now.batch), tried))
-        return plan, total, queues_later(self._model, many, plan.reshape(-1))
+        return plan, np.take_along_axis(cost, plan, axis=1) * now.arrival_rps[:, None]
 
 
 def cost_later(
     model: CostModel,
-    after: SystemState,
+    state: SystemState,
+    plan: I64,
     coming: Iterable[SystemState],
     usable: NDArray[np.bool_] | None = None,
 ) -> F64:
-    """What the intervals to come cost, [R], the solver's plan being taken in each.
+    """What the intervals after one with these plans cost, [R], the solver's plan taken in each.
 
     Args:
         model: Predicts.
-        after: R states whose queues the first of them begins with.
-        coming: What is expected of all else in each of them, R states each.
+        state: R states.
+        plan: [R] index of the plan held in each for the first interval, which does not count.
+        coming: What is expected of all but the queues in each later interval, R states each.
         usable: [R, A] plans that can be used; None: all.
     """
-    total = np.zeros(after.batch)
+    total = np.zeros(state.batch)
     for expected in coming:
-        after = replace(
+        after = queues_later(model, state, plan)
+        state = replace(
             expected,
             node_backlog_s=after.node_backlog_s,
             hop_backlog_bytes=after.hop_backlog_bytes,
             in_flight=after.in_flight,
         )
-        cost = model.predict(after).cost
+        cost = model.predict(state).cost
         if usable is not None:
             cost = np.where(usable, cost, np.inf)
-        total += cost.min(axis=1) * after.arrival_rps
-        after = queues_later(model, after, cost.argmin(axis=1))
+        total += cost.min(axis=1) * state.arrival_rps
+        plan = cost.argmin(axis=1)
     return total
 
 
