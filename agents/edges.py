@@ -50,7 +50,7 @@ from executor.profile import Profile
 __all__ = ["main"]
 
 USUAL_ARMS = "static,best-static,paper-1s,solver,policy,policy-all"
-TRAINED = ("policy", "policy-zeroed", "guarded")
+TRAINED = ("policy", "policy-greedy", "policy-zeroed", "guarded")
 MOST_EDGES = 1000
 STARTUP_S = 30
 

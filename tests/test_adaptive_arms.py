@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from agents.validation import mean_cost
 
 from agents.arms.bandit import LinUCB
 from agents.arms.controllers import Solver
-from agents.arms.mpc import ModelPredictive, ModelPredictiveSettings
+from agents.arms.mpc import ModelPredictive, ModelPredictiveSettings, queues_later
 from agents.arms.predictive import Forecast, Predictive, PredictiveSettings
 from agents.cli import CHECKPOINTS
-from agents.learning.validation import mean_cost
 from env.cost import Cost, IntervalRecord
 from env.predict import CostModel
 from env.scenario import Scenario
@@ -163,7 +163,7 @@ def test_mpc_plays_the_queues_forward_as_fluids(model):
     arm, plans = ModelPredictive(), np.arange(n_plans)
     arm.reset(model, n_plans)
     state.in_flight[:] = 9.0
-    later = arm._later(state, plans)
+    later = queues_later(model, state, plans)
     speed, table = 1.0 - state.node_load, model.table
     nodes, hops = state.node_backlog_s.copy(), state.hop_backlog_bytes.copy()
     for _ in range(1000):

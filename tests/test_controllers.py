@@ -106,7 +106,7 @@ def test_arms_by_name(model):
         hindsight=lambda: model.table.cuts[:2],
         foresight=lambda: PlanSequence(model.table.cuts[None, :2]),
     )
-    for name in set(ARMS) - {"policy", "policy-zeroed", "guarded"}:
+    for name in set(ARMS) - {"policy", "policy-greedy", "policy-zeroed", "guarded"}:
         controller = make_arm(name, context)
         assert controller.name == name
         controller.reset(model, 2)

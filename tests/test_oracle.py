@@ -77,7 +77,14 @@ def test_no_arm_beats_it_in_any_condition(loaded):
     startup, steady, batch = 4, 12, 4
     simulator = Simulator(loaded, batch, 0, record_requests=True)
     runs, played = {}, []
-    names = set(ARMS) - {"policy", "policy-zeroed", "guarded", "oracle", "best-static"}
+    names = set(ARMS) - {
+        "policy",
+        "policy-greedy",
+        "policy-zeroed",
+        "guarded",
+        "oracle",
+        "best-static",
+    }
     for name in sorted(names):
         decisions: list[Decision] = []
         arm = make_arm(name, ArmContext(loaded))

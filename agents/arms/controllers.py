@@ -240,22 +240,32 @@ def _trained(context: ArmContext) -> Checkpoint:
     return context.checkpoint
 
 
-def _policy(zeroed: bool) -> Callable[[ArmContext], Controller]:
-    def make(context: ArmContext) -> Controller:
-        from agents.arms.runtime import PolicyController
+def _policy_zeroed(context: ArmContext) -> Controller:
+    from agents.arms.runtime import PolicyController
 
-        return PolicyController(_trained(context), zeroed=zeroed)
+    return PolicyController(_trained(context), zeroed=True)
 
-    return make
+
+def _policy_greedy(context: ArmContext) -> Controller:
+    from agents.arms.runtime import PolicyController
+
+    controller = PolicyController(_trained(context))
+    controller.name = "policy-greedy"
+    return controller
+
+
+def _policy(context: ArmContext) -> Controller:
+    from agents.arms.lookahead import Lookahead
+    from agents.arms.runtime import PolicyController
+
+    return PolicyController(_trained(context), ahead=Lookahead())
 
 
 def _guarded(context: ArmContext) -> Controller:
     from agents.arms.guard import GuardedController
     from agents.arms.per_row import PerRow
-    from agents.arms.runtime import PolicyController
 
-    checkpoint = _trained(context)
-    return PerRow("guarded", lambda: GuardedController(PolicyController(checkpoint)))
+    return PerRow("guarded", lambda: GuardedController(_policy(context)))
 
 
 def _policy_all(context: ArmContext) -> Controller:
@@ -279,8 +289,9 @@ ARMS: dict[str, Callable[[ArmContext], Controller]] = {
     "predictive": _predictive,
     "mpc": _mpc,
     "linucb": _linucb,
-    "policy-zeroed": _policy(True),
-    "policy": _policy(False),
+    "policy-zeroed": _policy_zeroed,
+    "policy-greedy": _policy_greedy,
+    "policy": _policy,
     "guarded": _guarded,
     "policy-all": _policy_all,
     "oracle": _oracle,

@@ -9,6 +9,7 @@ one whose intervals together cost least is taken, and all is thought over again 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ from env.state import SystemState, idle_probes
 if TYPE_CHECKING:
     from env.system import StepResult
 
-__all__ = ["ModelPredictive", "ModelPredictiveSettings"]
+__all__ = ["ModelPredictive", "ModelPredictiveSettings", "cost_later", "queues_later"]
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
@@ -66,61 +67,88 @@ class ModelPredictive:
         self._forecaster.observe(state)
         now = self._forecaster.expected(state, 0.5 * dt)
         usable = model.usable(state)
-        plan, total, after = self._first(now, usable)
+        plan, total = self._first(now, usable)
         row = np.repeat(np.arange(state.batch), plan.shape[1])
-        for n in range(1, self.settings.horizon):
-            coming = self._forecaster.expected(state, (n + 0.5) * dt).take(row)
-            after = replace(
-                coming,
-                node_backlog_s=after.node_backlog_s,
-                hop_backlog_bytes=after.hop_backlog_bytes,
-                in_flight=after.in_flight,
-            )
-            cost = model.predict(after).cost
-            if usable is not None:
-                cost = np.where(usable[row], cost, np.inf)
-            chosen = cost.argmin(axis=1)
-            total += (cost.min(axis=1) * after.arrival_rps).reshape(total.shape)
-            after = self._later(after, chosen)
+        coming = (
+            self._forecaster.expected(state, (n + 0.5) * dt).take(row)
+            for n in range(1, self.settings.horizon)
+        )
+        allowed = None if usable is None else usable[row]
+        later = cost_later(model, now.take(row), plan.reshape(-1), coming, allowed)
+        total += later.reshape(total.shape)
         best = plan[np.arange(state.batch), total.argmin(axis=1)]
         return Decision(model.table.cuts[best], idle_probes(state, model.scenario))
 
-    def _first(
-        self, now: SystemState, usable: NDArray[np.bool_] | None
-    ) -> tuple[I64, F64, SystemState]:
-        """Plans tried [B, K], what the coming interval costs with each, and the states after it."""
+    def _first(self, now: SystemState, usable: NDArray[np.bool_] | None) -> tuple[I64, F64]:
+        """Plans tried [B, K], and what the coming interval costs with each."""
         cost = self._model.predict(now).cost
         if usable is not None:
             cost = np.where(usable, cost, np.inf)
         tried = min(self.settings.tried, cost.shape[1])
         plan = np.argsort(cost, axis=1, kind="stable")[:, :tried]
-        total = np.take_along_axis(cost, plan, axis=1) * now.arrival_rps[:, None]
-        many = now.take(np.repeat(np.arange(now.batch), tried))
-        return plan, total, self._later(many, plan.reshape(-1))
+        return plan, np.take_along_axis(cost, plan, axis=1) * now.arrival_rps[:, None]
 
-    def _later(self, state: SystemState, plan: I64) -> SystemState:
-        """The queues an interval later, and what is in flight, as fluids."""
-        model, dt = self._model, self._model.scenario.interval_s
-        unit_s, _ = station_seconds(
-            state.node_load,
-            np.maximum(state.bytes_per_s, 1.0),
-            state.node_backlog_s,
-            state.hop_backlog_bytes,
+
+def cost_later(
+    model: CostModel,
+    state: SystemState,
+    plan: I64,
+    coming: Iterable[SystemState],
+    usable: NDArray[np.bool_] | None = None,
+) -> F64:
+    """What the intervals after one with these plans cost, [R], the solver's plan taken in each.
+
+    Args:
+        model: Predicts.
+        state: R states.
+        plan: [R] index of the plan held in each for the first interval, which does not count.
+        coming: What is expected of all but the queues in each later interval, R states each.
+        usable: [R, A] plans that can be used; None: all.
+    """
+    total = np.zeros(state.batch)
+    for expected in coming:
+        after = queues_later(model, state, plan)
+        state = replace(
+            expected,
+            node_backlog_s=after.node_backlog_s,
+            hop_backlog_bytes=after.hop_backlog_bytes,
+            in_flight=after.in_flight,
         )
-        unit_s = unit_s[:, :, 0]
-        demand = model.demand[:, 0, plan]  # [S, R]
-        backlog = np.empty_like(demand)
-        backlog[0::2], backlog[1::2] = state.node_backlog_s.T, state.hop_backlog_bytes.T
-        # What a station lets through bounds what reaches those behind it.
-        slowest_s = np.maximum(np.maximum.accumulate(demand * unit_s, axis=0), 1e-9)
-        inflow_rps = np.tile(state.arrival_rps, (len(demand), 1))
-        inflow_rps[1:] = np.minimum(inflow_rps[1:], 1.0 / slowest_s[:-1])
-        backlog = np.maximum(backlog + dt * (inflow_rps * demand - 1.0 / unit_s), 0.0)
-        return replace(
-            state,
-            node_backlog_s=backlog[0::2].T,
-            hop_backlog_bytes=backlog[1::2].T,
-            in_flight=np.maximum(
-                state.in_flight + dt * (state.arrival_rps - 1.0 / slowest_s[-1]), 0.0
-            ),
-        )
+        cost = model.predict(state).cost
+        if usable is not None:
+            cost = np.where(usable, cost, np.inf)
+        total += cost.min(axis=1) * state.arrival_rps
+        plan = cost.argmin(axis=1)
+    return total
+
+
+def queues_later(model: CostModel, state: SystemState, plan: I64) -> SystemState:
+    """The queues an interval later, and what is in flight, as fluids.
+
+    Args:
+        model: Its scenario's interval counts.
+        state: R states.
+        plan: [R] index of the plan held in each.
+    """
+    dt = model.scenario.interval_s
+    unit_s, _ = station_seconds(
+        state.node_load,
+        np.maximum(state.bytes_per_s, 1.0),
+        state.node_backlog_s,
+        state.hop_backlog_bytes,
+    )
+    unit_s = unit_s[:, :, 0]
+    demand = model.demand[:, 0, plan]  # [S, R]
+    backlog = np.empty_like(demand)
+    backlog[0::2], backlog[1::2] = state.node_backlog_s.T, state.hop_backlog_bytes.T
+    # What a station lets through bounds what reaches those behind it.
+    slowest_s = np.maximum(np.maximum.accumulate(demand * unit_s, axis=0), 1e-9)
+    inflow_rps = np.tile(state.arrival_rps, (len(demand), 1))
+    inflow_rps[1:] = np.minimum(inflow_rps[1:], 1.0 / slowest_s[:-1])
+    backlog = np.maximum(backlog + dt * (inflow_rps * demand - 1.0 / unit_s), 0.0)
+    return replace(
+        state,
+        node_backlog_s=backlog[0::2].T,
+        hop_backlog_bytes=backlog[1::2].T,
+        in_flight=np.maximum(state.in_flight + dt * (state.arrival_rps - 1.0 / slowest_s[-1]), 0.0),
+    )

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents.arms.controllers import Decision
+from agents.arms.lookahead import Lookahead
 from env.cost import References
 from env.predict import CostModel
 from env.state import HISTORY, Encoder, SystemState, idle_probes
@@ -262,13 +263,20 @@ class ActorController:
         name: The arm's name.
         make: The policy for a system.
         trained_s: The interval it was trained with; None for the system's own.
+        ahead: How far it looks past the coming interval; None: not at all.
+        tau: Units of cost per unit of logit, to look ahead with.
     """
 
     def __init__(
-        self, name: str, make: Callable[[CostModel], Actor], trained_s: float | None = None
+        self,
+        name: str,
+        make: Callable[[CostModel], Actor],
+        trained_s: float | None = None,
+        ahead: Lookahead | None = None,
+        tau: float = 1.0,
     ) -> None:
         self.name = name
-        self._make, self._trained_s = make, trained_s
+        self._make, self._trained_s, self._ahead, self._tau = make, trained_s, ahead, tau
 
     def reset(self, model: CostModel, batch: int) -> None:
         """Start with an empty history; `model` is the running system's."""
@@ -303,6 +311,8 @@ class ActorController:
         usable = self._model.usable(state)
         if usable is not None:
             logits = np.where(usable, logits, -np.inf)
+        if self._ahead is not None:
+            logits = self._ahead.charge(self._known, state, logits, self._tau, usable)
         best: I64 = self._model.table.cuts[logits.argmax(axis=1)]
         return best
 
@@ -326,9 +336,13 @@ class PolicyController(ActorController):
     Args:
         checkpoint: Weights and the profile they belong to.
         zeroed: Leave the learned correction out.
+        ahead: How far it looks past the coming interval, as the arms `policy` and `guarded` do;
+            None: not at all, as in training.
     """
 
-    def __init__(self, checkpoint: Checkpoint, zeroed: bool = False) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, zeroed: bool = False, ahead: Lookahead | None = None
+    ) -> None:
         self.checkpoint = checkpoint
         network = PolicyNetwork(checkpoint.arrays, zeroed)
         trained = checkpoint.metadata.get("scenario", {}).get("interval_s")
@@ -336,6 +350,8 @@ class PolicyController(ActorController):
             "policy-zeroed" if zeroed else "policy",
             lambda model: ResidualActor(model, network),
             float(trained) if trained else None,
+            ahead,
+            float(checkpoint.arrays["tau"][0]),
         )
 
     def reset(self, model: CostModel, batch: int) -> None:

@@ -47,7 +47,8 @@ COLOURS = {
     "best-static": "#8d6a00", "paper": "#f08c5a", "paper-1s": "#d9480f",
     "paper-constrained": "#f7b899", "paper-1s-constrained": "#b5651d", "solver": "#4dabf7",
     "predictive": "#1971c2", "mpc": "#0b7285",
-    "linucb": "#7048e8", "policy-zeroed": "#74c0fc", "policy": "#2b8a3e",
+    "linucb": "#7048e8", "policy-zeroed": "#74c0fc", "policy-greedy": "#69db7c",
+    "policy": "#2b8a3e",
     "guarded": "#0b5d2a", "policy-all": "#37b24d", "oracle": "#212529",
 }  # fmt: skip
 GROUPS = ("#1971c2", "#d9480f", "#2b8a3e", "#7048e8", "#c9a227", "#52606d")

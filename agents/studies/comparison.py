@@ -37,7 +37,7 @@ __all__ = ["compare", "hop_class"]
 
 log = logging.getLogger(__name__)
 
-POLICY_ARMS = ("policy-zeroed", "policy", "guarded")
+POLICY_ARMS = ("policy-zeroed", "policy-greedy", "policy", "guarded")
 LAN_RTT_S = 0.010
 
 
