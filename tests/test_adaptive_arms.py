@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from agents.validation import mean_cost
 
 from agents.arms.bandit import LinUCB
 from agents.arms.controllers import Solver
 from agents.arms.mpc import ModelPredictive, ModelPredictiveSettings, queues_later
 from agents.arms.predictive import Forecast, Predictive, PredictiveSettings
 from agents.cli import CHECKPOINTS
+from agents.learning.validation import mean_cost
 from env.cost import Cost, IntervalRecord
 from env.predict import CostModel
 from env.scenario import Scenario
