@@ -35,7 +35,7 @@ from executor.testbed import Testbed
 
 SHARE = 0.8
 PERIOD_S = 1.0
-# From its first sample on a process is given so long to settle; shorter lives say nothing.
+# From when it serves a process is given so long to settle; shorter lives say nothing.
 SETTLE_S = 30.0
 MAX_GROWN_MIB = 50.0
 MAX_GROWN_FILES = 16
@@ -53,7 +53,7 @@ class Sample:
 
 @dataclass
 class Life:
-    """One process from its start, or the first fault, to its end."""
+    """One process from when it serves, or the load begins, to its end."""
 
     name: str
     pid: int

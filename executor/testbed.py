@@ -125,6 +125,7 @@ class Testbed:
         model = absolute_model(model)
         self._stack = ExitStack()
         self._children: list[Child] = []
+        self._serving: set[int] = set()
         self._stopped: set[int] = set()
         self._clients: list[Client] = []
         try:
@@ -196,6 +197,7 @@ class Testbed:
         if not line.startswith("READY"):
             raise HandshakeError(f'{child.name} should print "READY port", got {line!r}')
         self._relay.admit(index, child.pid)
+        self._serving.add(child.pid)
         if node.load:
             self.set_load(index, node.load)
 
@@ -207,9 +209,10 @@ class Testbed:
 
     @property
     def pids(self) -> dict[str, int]:
-        """Process ids by node name, and the relay's under "relay"."""
-        pids = {node.name: c.pid for node, c in zip(self.nodes, self._children, strict=True)}
-        return {**pids, "relay": self._relay.pid}
+        """Process ids by node name, once they serve, and the relay's under "relay"."""
+        nodes = zip(self.nodes, self._children, strict=True)
+        serving = {node.name: child.pid for node, child in nodes if child.pid in self._serving}
+        return {**serving, "relay": self._relay.pid}
 
     def inside(self) -> AbstractContextManager[None]:
         """Where the calling thread must open sockets to reach the nodes at `address`."""
