@@ -252,7 +252,8 @@ def finetune(
     own, scenario = system.model, system.model.scenario
     settings = replace(settings, window=min(settings.window, steps))
     believed = CostModel(own.profile, scenario, own.references)
-    args = (policy, scenario, own.references, training, settings, seed)
+    # A copy: PPO's own holds tensors of its last pass, which go into no other process.
+    args = (policy.clone(), scenario, own.references, training, settings, seed)
     learner: LearnerLike = BackgroundLearner(*args) if background else InlineLearner(Learner(*args))
     tuned = FineTuned(to_checkpoint(own, policy, {}), learner, settings)
     controller, shadow = Recalibrated(tuned, believed), Solver()
