@@ -14,7 +14,7 @@ from torch.utils.flop_counter import flop_registry
 __all__ = ["FlopCounter"]
 
 
-class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # so in torch
     """A context manager that counts the operations of convolutions and matrix products within it.
 
     Attributes:
@@ -22,7 +22,7 @@ class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # so in torch
         self.total = 0
 
     @classmethod

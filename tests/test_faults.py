@@ -2,12 +2,11 @@
 
 import json
 import threading
-import time
 from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
-from local_nodes import free_ports, nothing_is_left_behind, one_thread
+from local_nodes import free_ports, nothing_is_left_behind, one_thread, until
 from test_nodes import MODEL, N
 
 from executor import chaos
@@ -23,6 +22,7 @@ from executor.testbed import TestbedHop, TestbedNode
 
 __all__ = ["nothing_is_left_behind", "one_thread"]  # fixtures that hold here too
 
+DEADLINE_S = 20.0
 NAMES = ("edge", "fog", "cloud")
 FAST_NODES = (
     TestbedNode("edge", 1.5, "pi4"),
@@ -73,13 +73,6 @@ def expected():
     return x, build_chain(MODEL).run(x, 0, N)
 
 
-def until(condition):
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_a_node_comes_back_without_the_others_and_with_other_weights_is_refused(tmp_path, expected):
     from torchvision.models import get_model
 
@@ -93,26 +86,28 @@ def test_a_node_comes_back_without_the_others_and_with_other_weights_is_refused(
             assert torch.equal(reply.output, output)
             return reply.record.plan
 
-        until(lambda: plan_used() == (3, 10))
+        until(lambda: plan_used() == (3, 10), DEADLINE_S)
         chain.end("fog")
         assert plan_used() == (N, N)
         chain.start("fog", str(tmp_path / "other.pt"))
-        until(lambda: client.counts.refused_nodes)
+        until(lambda: client.counts.refused_nodes, DEADLINE_S)
         assert plan_used() == (N, N) and client.status()[1].down
         chain.end("fog")
         chain.start("fog")
-        until(lambda: plan_used() == (3, 10))
+        until(lambda: plan_used() == (3, 10), DEADLINE_S)
         assert client.counts.refused_nodes == 1 and client.counts.failed == 0
         chain.end("cloud")
-        until(lambda: plan_used() == (3, N))
+        until(lambda: plan_used() == (3, N), DEADLINE_S)
 
 
 def test_requests_wait_for_the_first_node(expected):
     x, output = expected
     with serving() as (chain, client):
-        until(lambda: not client.status()[0].down)  # before it is heard it counts as down
+        until(
+            lambda: not client.status()[0].down, DEADLINE_S
+        )  # before it is heard it counts as down
         chain.end("edge")
-        until(lambda: client.status()[0].down)
+        until(lambda: client.status()[0].down, DEADLINE_S)
         waiting = client.submit(x, Plan((3, 10)))
         with pytest.raises(RequestTimeout, match="edge"):
             client.submit(x, Plan((3, 10)), timeout_s=0.2).result(20)
@@ -125,7 +120,9 @@ def test_a_direct_link_serves_past_the_dead_fog(expected):
     x, output = expected
     with serving(direct=(DirectLink("edge", "cloud"),)) as (chain, client):
         chain.end("fog")
-        until(lambda: [client.status()[k].down for k in range(3)] == [False, True, False])
+        until(
+            lambda: [client.status()[k].down for k in range(3)] == [False, True, False], DEADLINE_S
+        )
 
         def record():
             reply = client.submit(x, Plan((3, 10))).result(30)
@@ -133,7 +130,7 @@ def test_a_direct_link_serves_past_the_dead_fog(expected):
             return reply.record
 
         # A busy machine may make the cloud look silent for a moment, and the edge do it alone.
-        until(lambda: record().plan == (3, 3))
+        until(lambda: record().plan == (3, 3), DEADLINE_S)
         past = next(r for r in iter(record, None) if r.plan == (3, 3))
         assert past.hop_s[0] == 0 < past.hop_s[1] >= past.transmit_s[1]
         assert past.stage_s[0] > 0 < past.stage_s[2]

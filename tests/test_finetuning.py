@@ -71,7 +71,7 @@ def a_window(model: CostModel, length: int = 3) -> Window:
 def outcome(learner: Learner, model: CostModel, ratios: list[tuple[float, float, float]]) -> Lesson:
     """A lesson whose comparisons come out as given, one after the other."""
     found = iter(ratios)
-    learner._ratio = lambda *_: next(found)  # type: ignore[method-assign]
+    learner._ratio = lambda *_: next(found)  # type: ignore[method-assign]  # scripted
     return learner.learn(a_window(model), model.profile)
 
 
@@ -116,7 +116,7 @@ def test_learns_to_avoid_what_costs_more(model: CostModel) -> None:
 
     def probabilities() -> torch.Tensor:
         distribution = learner._tuned.get_distribution(seen).distribution
-        return distribution.probs[0].detach()  # type: ignore[union-attr]
+        return distribution.probs[0].detach()  # type: ignore[union-attr]  # categorical
 
     bad, good = probabilities().argsort(descending=True)[:2].tolist()
     window = replace(window, actions=np.array([bad, good] * 4), rewards=np.array([-50.0, 0.0] * 4))

@@ -391,7 +391,7 @@ def test_a_profile_whose_conversions_are_not_known_is_refused(change, words):
 
 
 def test_the_report_says_weights_are_random_and_gives_no_agreement(model, tmp_path, capsys):
-    pytest.importorskip("skimage")
+    pytest.importorskip("skimage", reason="needs scikit-image (pip install -e '.[dev]')")
     out = tmp_path / "report.json"
     assert transfer.main(["--model", model, "--cuts", "0,1", "--json", str(out)]) == 0
     text = capsys.readouterr().out
@@ -408,7 +408,7 @@ def test_the_report_says_weights_are_random_and_gives_no_agreement(model, tmp_pa
 
 
 def test_the_report_counts_top_1_where_weights_are_loaded(model, tmp_path, capsys):
-    pytest.importorskip("skimage")
+    pytest.importorskip("skimage", reason="needs scikit-image (pip install -e '.[dev]')")
     weights = tmp_path / "weights.pt"
     from executor.networks import load_network
 
