@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from env._stations import Departures, Rates, Station
 from env._transfer import transfer_costs
-from env.conditions import IntervalConditions, mean_delay_s, process_mean
+from env.conditions import IntervalConditions, mean_delay_s
 from env.predict import CostModel
 from env.scenario import MAX_ONE_WAY_DELAY_S
 from executor.errors import ConfigError
@@ -71,10 +71,7 @@ class Chain:
         n_nodes, n_hops, n_stations, n_units: Sizes.
         overhead_s: [H] of a frame, after its transmission.
         lag_s: [H] from the end of a transmission to the arrival behind the hop, on average.
-        rtt_s: [H] round-trip time of an empty frame, on average.
         delay_varies: Whether the delay of any hop is a process; else the averages are exact.
-        mean_load: [N] long-run means of the nodes' loads.
-        profile_rate: [H] bytes/s when the profile was taken.
         probe_limit_bytes: Largest probe.
     """
 
@@ -91,9 +88,6 @@ class Chain:
         self.delay_varies = any(h.delay is not None for h in scenario.hops)
         self.overhead_s = np.array([h.frame_overhead_s for h in profile.hops])
         self.lag_s: F64 = self._delay_s + self.overhead_s
-        self.rtt_s: F64 = 2.0 * self._delay_s
-        self.mean_load = np.array([process_mean(n.load, "load") for n in scenario.nodes])
-        self.profile_rate = np.array([h.bytes_per_s for h in profile.hops])
         self.probe_limit_bytes = float(
             max(self._cut_bytes.max(), scenario.probing.paper_bytes, scenario.probing.payload_bytes)
         )

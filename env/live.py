@@ -10,14 +10,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from env.conditions import BYTES_PER_S_PER_MBPS, Conditions
+from env.conditions import BYTES_PER_S_PER_MBPS, Conditions, IntervalConditions
 from env.cost import IntervalRecord
 from env.late import LateRule
 from env.predict import CostModel
@@ -122,26 +122,22 @@ class LiveSystem:
         self._cuts = np.zeros((1, n_nodes - 1), dtype=np.int64)
 
     def reset(self, seed: int | None = None) -> SystemState:
-        """Finish what is open, then start the conditions that `seed` names."""
+        """Finish what is open, then start the conditions that `seed` names.
+
+        They are held as they begin until every hop was probed once, or `probing.idle_s` are over.
+        """
         self._finish_open()
         self._conditions = Conditions(self.scenario, self.n_ref, seed or 0)
         n = self.scenario.steps_per_episode + 2
         intervals = [self._conditions.next() for _ in range(n)]
         self._arrivals = [i.arrival_offset_s for i in intervals]
         self._interval = 0
+        if self._playback is not None:
+            self._play(self._playback, intervals[:1], time.monotonic())
+        self._measure_hops()
         start = time.monotonic() + LEAD_S
         if self._playback is not None:
-            dt = self._conditions.substep_s
-            rates = np.concatenate([i.hop_bytes_per_s[0] for i in intervals], axis=1)
-            loads = 1.0 - np.concatenate([i.node_speed[0] for i in intervals], axis=1)
-            for hop, row in enumerate(rates / BYTES_PER_S_PER_MBPS):
-                self._playback.play_rate(hop, start, dt, row.tolist())
-            for hop, setup in enumerate(self.scenario.hops):
-                if setup.delay is not None:
-                    delays = np.concatenate([i.hop_delay_s[0, hop] for i in intervals])
-                    self._playback.play_delay(hop, start, dt, delays.tolist())
-            for node, row in enumerate(loads):
-                self._playback.play_load(node, start, dt, row.tolist())
+            self._play(self._playback, intervals, start)
         self._start_s = self._end_s = start
         self._arrival_rps = self.rate_rps
         self._latency_ratio = 1.0
@@ -225,6 +221,30 @@ class LiveSystem:
                 self._late_rule, self._late_profile = LateRule(self.model), self.model.profile
             late = self._late_rule.tables(self._seen, self._cuts).cut_tables(0)
         return Plan(tuple(int(c) for c in self._cuts[0])), late
+
+    def _play(
+        self, playback: Playback, intervals: Sequence[IntervalConditions], start_s: float
+    ) -> None:
+        """Play these intervals from then on; the last sub-step is held."""
+        dt = self._conditions.substep_s
+        rates = np.concatenate([i.hop_bytes_per_s[0] for i in intervals], axis=1)
+        loads = 1.0 - np.concatenate([i.node_speed[0] for i in intervals], axis=1)
+        for hop, row in enumerate(rates / BYTES_PER_S_PER_MBPS):
+            playback.play_rate(hop, start_s, dt, row.tolist())
+        for hop, setup in enumerate(self.scenario.hops):
+            if setup.delay is not None:
+                delays = np.concatenate([i.hop_delay_s[0, hop] for i in intervals])
+                playback.play_delay(hop, start_s, dt, delays.tolist())
+        for node, row in enumerate(loads):
+            playback.play_load(node, start_s, dt, row.tolist())
+
+    def _measure_hops(self) -> None:
+        """Probe every hop, so that the first decision knows it; what that takes is start-up's."""
+        probing = self.scenario.probing
+        sizes = np.full(self.model.profile.n_nodes - 1, float(probing.payload_bytes))
+        self._start_probes(sizes)
+        wait([future for *_, future in self._probes], timeout=probing.idle_s)
+        self._probes = [item for item in self._probes if not item[2].done()]
 
     def _finish_open(self) -> None:
         for item in self._open:

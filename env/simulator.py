@@ -28,6 +28,7 @@ from env._accounting import (
     refused_rows,
     rows,
 )
+from env._begin import first_state
 from env._chain import Chain, Delays
 from env._late import FOG, LateBinding
 from env._pings import Pings, send_probes
@@ -141,6 +142,7 @@ class Simulator:
 
     def _play(self, conditions: ConditionsSource) -> None:
         """Take conditions from another source."""
+        self._coming: IntervalConditions | None = None  # drawn, not yet played
         if len(conditions.rate_rps) != self.batch:
             raise ConfigError(
                 f"expected conditions for {self.batch} environments, got {len(conditions.rate_rps)}"
@@ -148,7 +150,7 @@ class Simulator:
         self._conditions, self.n_ref = conditions, conditions.rate_rps.copy()
 
     def reset(self, seed: int | None = None) -> SystemState:
-        """Empty queues and new conditions.
+        """Empty queues and new conditions, hops and nodes measured once (`env._begin`).
 
         Args:
             seed: Names the conditions; None draws the next seed of this simulator's own sequence.
@@ -164,23 +166,13 @@ class Simulator:
         self._empty()
         self.time_s = 0.0
         self._last: IntervalConditions | None = None
-        b, chain = self.batch, self._chain
-        self._measured_rate = np.tile(chain.profile_rate, (b, 1))
-        self._measured_age_s = np.zeros((b, chain.n_hops))
-        self._pings = Pings(b, chain.n_hops) if chain.delay_varies else None
-        self._completed_rps = np.zeros(b)
-        self._state = SystemState(
-            bytes_per_s=self._measured_rate.copy(),
-            bandwidth_age_s=np.zeros((b, chain.n_hops)),
-            rtt_s=np.tile(chain.rtt_s, (b, 1)),
-            node_load=np.tile(chain.mean_load, (b, 1)),
-            node_backlog_s=np.zeros((b, chain.n_nodes)),
-            hop_backlog_bytes=np.zeros((b, chain.n_hops)),
-            arrival_rps=self.n_ref.copy(),
-            in_flight=np.zeros(b),
-            cuts=np.full((b, chain.n_hops), chain.n_units, dtype=np.int64),
-            latency_ratio=np.ones(b),
-        )
+        coming = self._coming = self._conditions.next()
+        chain = self._chain
+        self._state = first_state(chain, self.model.scenario, coming, self.n_ref)
+        self._measured_rate = self._state.bytes_per_s.copy()
+        self._measured_age_s = np.zeros_like(self._measured_rate)
+        self._pings = Pings(self.batch, chain.n_hops) if chain.delay_varies else None
+        self._completed_rps = np.zeros(self.batch)
         return self._state
 
     def step(self, cuts: I64, probe_bytes: F64 | None = None) -> StepResult:
@@ -196,7 +188,8 @@ class Simulator:
             ConfigError: The cuts are no plans, or of the wrong shape.
         """
         cuts = self._chain.checked(cuts, self.batch)
-        conditions = self._last = self._conditions.next()
+        conditions = self._last = self._coming or self._conditions.next()
+        self._coming = None
         record = IntervalRecord.zeros(self.batch, self._chain.n_nodes)
         flows: Flows = [[] for _ in self._stations]
         if probe_bytes is not None:
@@ -255,7 +248,8 @@ class Simulator:
 
     def record(self, n_intervals: int) -> Tape:
         """The coming intervals' conditions; for this simulator they are over. `reset` next."""
-        return record_conditions(self._conditions, n_intervals)
+        coming, self._coming = self._coming, None
+        return record_conditions(self._conditions, n_intervals, coming)
 
     def snapshot(self) -> Snapshot:
         """Everything there is to these environments but the conditions to come."""

@@ -87,9 +87,12 @@ class TapePlayer:
         return interval if self._index is None else interval.take(self._index)
 
 
-def record_conditions(conditions: ConditionsSource, n_intervals: int) -> Tape:
-    """The next `n_intervals` of a source."""
-    intervals = [conditions.next() for _ in range(n_intervals)]
+def record_conditions(
+    conditions: ConditionsSource, n_intervals: int, first: IntervalConditions | None = None
+) -> Tape:
+    """The next `n_intervals` of a source; `first`, if given, was drawn from it already."""
+    intervals = [] if first is None or not n_intervals else [first]
+    intervals += [conditions.next() for _ in range(n_intervals - len(intervals))]
     batch = len(intervals[0].arrival_count) if intervals else len(conditions.rate_rps)
     # Shared conditions name one rate per group of environments.
     rate = np.repeat(conditions.rate_rps, batch // len(conditions.rate_rps))

@@ -117,6 +117,11 @@ def union(spans):
     return total
 
 
+def first_rate(scenario, hop_bytes_per_s):
+    """What a probe at time 0 finds; a hop that is down is slower than this, and no more known."""
+    return max(hop_bytes_per_s, scenario.probing.payload_bytes / scenario.probing.idle_s)
+
+
 class LateReference(Reference):
     """With late binding: the fog's turns are events of their own, and the tables are asked there.
 
@@ -125,9 +130,9 @@ class LateReference(Reference):
     begins; `rtt_s` is the hop's round trip.
     """
 
-    def __init__(self, *args, measured_bytes, profile_rate, dt, last_s, rtt_s, **kwargs):
+    def __init__(self, *args, measured_bytes, first_rate, dt, last_s, rtt_s, **kwargs):
         super().__init__(*args, **kwargs)
-        self.measured_bytes, self.profile_rate = measured_bytes, profile_rate
+        self.measured_bytes, self.first_rate = measured_bytes, first_rate
         self.dt, self.last_s, self.rtt_s = dt, last_s, rtt_s
         self.choices = 0
 
@@ -138,7 +143,7 @@ class LateReference(Reference):
             ended = [f for f in self.frames if low < f[2] <= high and f[3]]
             if ended:
                 return sum(f[4] for f in ended) / sum(f[2] - f[1] for f in ended)
-        return self.profile_rate
+        return self.first_rate
 
     def backlog_s(self, now_s):
         """What the sender of hop 1 reckons it holds, seconds."""

@@ -108,7 +108,7 @@ def test_a_restored_branch_goes_on_bit_by_bit(
 ):
     changes = varying_delays(n_nodes) if delays else {}
     model = toy_model(n_nodes, interval_s=interval_s, max_in_flight=8, **changes)
-    tape = tape_of(model, before + after, seed=seed)
+    tape = tape_of(model, max(1, before + after), seed=seed)
     original = tape_simulator(model, tape, record_requests=record)
     branch = tape_simulator(model, tape, record_requests=record)
     rng = np.random.default_rng(seed)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from event_simulation import LateReference
+from event_simulation import LateReference, first_rate
 from test_simulator import conditions_of
 from toy_chain import SPEC, constant_scenario, random_cuts, toy_profile, toy_scenario
 
@@ -76,7 +76,7 @@ def test_equals_event_by_event_with_late_binding(interval_s, substep_s, steps, s
             rates,
             conditions.substep_s,
             measured_bytes=MEASURED_BYTES,
-            profile_rate=model.profile.hops[1].bytes_per_s,
+            first_rate=first_rate(scenario, hop[b, 1, 0]),
             dt=interval_s,
             last_s=steps * interval_s,
             rtt_s=2.0 * mean_delay_s(scenario.hops[1]),

@@ -38,6 +38,7 @@ class StandInClient:
         self.fail: Exception | None = None
         self.probe_fails: Exception | None = None
         self.refuse = False
+        self.probes: list[tuple[int, int]] = []
         self.plans: list[Plan] = []
         self.statuses: dict[int, NodeStatus] = {}
         self.in_flight = 0
@@ -67,6 +68,7 @@ class StandInClient:
         return self.statuses
 
     def probe(self, hop: int, payload_bytes: int, repeats: int = 3) -> list[float]:
+        self.probes.append((hop, payload_bytes))
         if self.probe_fails is not None:
             raise self.probe_fails
         return [0.01] * repeats
@@ -175,10 +177,12 @@ def test_refused_and_failed_requests_are_lost(model: CostModel) -> None:
 
 def test_conditions_are_those_of_the_simulator(model: CostModel) -> None:
     played: dict[tuple[str, int], list[float]] = {}
+    began: list[tuple[int, float, int]] = []
 
     class Recorder:
         def play_rate(self, hop: int, t0_s: float, dt_s: float, mbps: Any) -> None:
-            assert t0_s > time.monotonic() and dt_s == 0.05
+            assert dt_s == 0.05
+            began.append((len(mbps), t0_s - time.monotonic(), len(client.probes)))
             played["hop", hop] = list(mbps)
 
         def play_load(self, node: int, t0_s: float, dt_s: float, values: Any) -> None:
@@ -197,6 +201,22 @@ def test_conditions_are_those_of_the_simulator(model: CostModel) -> None:
         live.close()
     assert all(a == b for a, b in arrived) and sum(a for a, _ in arrived) > 10
     assert len(played) == 5 and all(len(v) >= 10 for v in played.values())
+    # Held as they begin until the hops were probed, then played from a moment to come.
+    (*_, held), (_, ahead_s, probed) = began[1], began[2]
+    assert [n for n, *_ in began[:2]] == [1, 1] and held == 0 and probed == 2 and ahead_s > 0
+
+
+def test_every_hop_is_probed_before_the_first_decision(model: CostModel) -> None:
+    client = StandInClient()
+    client.probe_fails = RequestTimeout("silent")
+    live = LiveSystem(model, client, lambda i: i)
+    try:
+        live.reset(1)  # an unanswered probe does not stop it
+        assert sorted(client.probes) == [(0, 65536), (1, 65536)]
+        step = live.step(np.array([[0, 0]]))
+    finally:
+        live.close()
+    assert step.record.hop_transmit_s.sum() == pytest.approx(0.001 * step.record.completed[0])
 
 
 def test_a_delay_that_varies_is_played_and_a_constant_one_is_not(model: CostModel) -> None:
@@ -207,7 +227,7 @@ def test_a_delay_that_varies_is_played_and_a_constant_one_is_not(model: CostMode
         def play_load(self, *_: Any) -> None: ...
 
         def play_delay(self, hop: int, t0_s: float, dt_s: float, delay_s: Any) -> None:
-            assert t0_s > time.monotonic() and dt_s == 0.05
+            assert dt_s == 0.05
             played[hop] = list(delay_s)
 
     delay = Process("markov", (0.01, 0.05), dwell_s=0.2)

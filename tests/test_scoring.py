@@ -144,7 +144,7 @@ def test_lessons_from_two_models_teach_one_policy() -> None:
 
 
 def test_one_policy_that_loses_to_the_solver_is_not_kept(model: CostModel) -> None:
-    ruined = replace(SMALL, hindsight=replace(SMALL.hindsight, learning_rate=10.0))
+    ruined = replace(SMALL, hindsight=replace(SMALL.hindsight, rounds=2, learning_rate=10.0))
     policy = train_for_all([model.profile], [model.scenario], [model], ruined)
     found = policy.metadata["validation_cost_ratio_to_solver"]
     assert min(ratio for _, ratio in found) > 1.0, "nothing was ruined"

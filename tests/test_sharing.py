@@ -170,8 +170,9 @@ def test_a_shared_hop_gets_one_probe_at_a_time():
     record = sim.step(np.full((3, 2), 6), asked).record
     for _ in range(20):  # an outage may hold it up
         record.add(sim.step(np.full((3, 2), 6)).record)
-    rate = sim.step(np.full((3, 2), 6)).state.bytes_per_s
-    assert (rate[:, 1] != 4e6).all() and (rate[:, 0] == 4e6).all()
+    state = sim.step(np.full((3, 2), 6)).state
+    rate, age_s = state.bytes_per_s, state.bandwidth_age_s
+    assert (age_s[:, 1] < sim.time_s).all() and age_s[:, 0] == pytest.approx(sim.time_s)
     assert record.hop_transmit_s[:, 0].sum() == 0
     sent = record.hop_transmit_s[:, 1].sum() * rate[0, 1]
     assert sent == pytest.approx(30_000.0)

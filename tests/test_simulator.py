@@ -4,11 +4,11 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from event_simulation import Item, Reference, overlap, union
+from event_simulation import Item, Reference, first_rate, overlap, union
 from toy_chain import SPEC, constant_scenario, random_cuts, toy_profile, toy_scenario
 
 from env._accounting import MEASURED_BYTES
-from env.conditions import Conditions, mean_delay_s
+from env.conditions import Conditions
 from env.cost import Cost, IntervalRecord
 from env.predict import CostModel
 from env.scenario import HopSetup, Process
@@ -131,7 +131,7 @@ def pinged(reference, hop, now_s):
     times = [0.5 * k for k in range(int(np.ceil(now_s / 0.5 - 1e-9)))][-20:]
     rtts = [2.0 * reference.delay(hop, t) for t in times]
     back = [rtt for t, rtt in zip(times, rtts, strict=True) if t + rtt <= now_s]
-    return min(back, default=2.0 * mean_delay_s(reference.scenario.hops[hop]))
+    return min(back, default=2.0 * reference.delay(hop, 0.0))
 
 
 def check_records(b, reference, model, results, items, intervals):
@@ -188,7 +188,8 @@ def check_records(b, reference, model, results, items, intervals):
             if ended:
                 rate = sum(w for *_, w in ended) / sum(wall for _, wall, _ in ended)
                 held[h] = (rate, max(ended)[0])
-            rate, seen = held.get(h, (model.profile.hops[h].bytes_per_s, 0.0))
+            first = first_rate(model.scenario, intervals[0].hop_bytes_per_s[b, h, 0])
+            rate, seen = held.get(h, (first, 0.0))
             # The frame on the hop bounds the rate by the time it has taken, a round trip late.
             rtt_s = s.rtt_s[b, h]
             for _, start, end, size in here:
