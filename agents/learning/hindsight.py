@@ -106,6 +106,7 @@ def trial_costs(
     t: int,
     history: F32,
     plans: I64,
+    simulate: type[Simulator] = Simulator,
 ) -> F64:
     """What it costs to hold each plan for one interval and to follow the policy after it.
 
@@ -118,6 +119,7 @@ def trial_costs(
         t: The interval.
         history: [B, HISTORY * features] what the policy has seen in each.
         plans: [B, K] indices of the plans to try.
+        simulate: What kind of simulator.
 
     Returns:
         [B, K] discounted costs, the run-out of what is open in the end included.
@@ -125,7 +127,7 @@ def trial_costs(
     cost = Cost(model.profile, model.references, model.scenario)
     owner = np.repeat(np.arange(plans.shape[0]), plans.shape[1])
     conditions = tape.play(owner, t)
-    simulator = Simulator(model, len(owner), 0, conditions=conditions)
+    simulator = simulate(model, len(owner), 0, conditions=conditions)
     state = simulator.restore(snapshot, owner)
     history, action = history[owner], plans.reshape(-1)
     total, weight = np.zeros(len(owner)), 1.0
@@ -163,6 +165,7 @@ def gather_lessons(
     conditions: ConditionsSource,
     seed: int,
     settings: HindsightSettings,
+    simulate: type[Simulator] = Simulator,
 ) -> Lessons:
     """Let a policy decide in simulated environments, and try other plans at some moments.
 
@@ -172,11 +175,12 @@ def gather_lessons(
         conditions: What B environments live through.
         seed: Draws the plans tried.
         settings: How much.
+        simulate: What kind of simulator.
     """
     rng = np.random.default_rng([seed, 3])
     tape = record_conditions(conditions, settings.intervals + settings.lookahead)
     batch = tape.batch
-    encoder, simulator = actor.encoder, Simulator(model, batch, 0, conditions=tape.play())
+    encoder, simulator = actor.encoder, simulate(model, batch, 0, conditions=tape.play())
     state = simulator.reset()
     history = encoder.push(encoder.new_history(batch), state)
     inputs, costs = [], []
@@ -187,7 +191,9 @@ def gather_lessons(
             plans = _candidates(order, settings.candidates, rng)
             inputs.append(actor.lesson(seen, plans))
             snapshot = simulator.snapshot()
-            costs.append(trial_costs(model, actor, tape, settings, snapshot, t, history, plans))
+            costs.append(
+                trial_costs(model, actor, tape, settings, snapshot, t, history, plans, simulate)
+            )
         rank = rng.integers(0, min(8, order.shape[1]), batch)
         rank *= rng.random(batch) < settings.explore
         cuts = model.table.cuts[order[np.arange(batch), rank]]
@@ -254,6 +260,7 @@ def learn_from_hindsight(
     seed: int,
     settings: HindsightSettings,
     report: Callable[[int], None] = lambda done: None,
+    simulate: type[Simulator] = Simulator,
 ) -> list[float]:
     """Improve a policy's actor in place.
 
@@ -265,6 +272,7 @@ def learn_from_hindsight(
         seed: Everything drawn depends on it.
         settings: How much.
         report: Called after every round with the rounds done.
+        simulate: What kind of simulator to learn in (`env.foretold.Foretold`: one that tells more).
 
     Returns:
         The last loss of each round.
@@ -283,7 +291,8 @@ def learn_from_hindsight(
     for done in range(1, settings.rounds + 1):
         actor = ResidualActor(system, PolicyNetwork(export_arrays(policy)))
         conditions.reset(int(rng.integers(2**62)))
-        lessons = gather_lessons(system, actor, conditions, int(rng.integers(2**62)), settings)
+        drawn = int(rng.integers(2**62))
+        lessons = gather_lessons(system, actor, conditions, drawn, settings, simulate)
         losses.append(learner.learn(lessons))
         report(done)
     return losses
