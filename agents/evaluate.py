@@ -153,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
         "scenario's bandwidth, load, delay and arrivals",
     )
     add("--split", choices=tuple(PARTS), help="which part of --traces (default: test)")
+    add("--conditions", help="of that part these alone, e.g. ucc5g-steady,hsdpa-x10-nab")
     add(
         "--change-every",
         help="seconds, e.g. 0.05,1,10,60,600: bandwidth and load change at these paces instead of "

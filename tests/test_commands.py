@@ -191,6 +191,7 @@ BAD = [
     (evaluate.main, ["--model", "lenet"], "unknown model 'lenet'"),
     (evaluate.main, ["--model", "alexnet", "--arms", "magic"], "magic"),
     (evaluate.main, ["--model", "alexnet", "--split", "test"], "--traces DIR"),
+    (evaluate.main, ["--model", "alexnet", "--conditions", "x"], "--traces DIR"),
     (evaluate.main, ["--model", "alexnet", "--traces", "no-such-folder"], "no traces"),
     (evaluate.main, ["--model", "alexnet", "--seeds", "0"], "seeds"),
     (evaluate.main, ["--model", "alexnet", "--isolation", "netns"], "for nodes of the testbed"),

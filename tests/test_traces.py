@@ -365,7 +365,7 @@ def test_no_source_is_in_two_parts(tmp_path):
         split(tmp_path / "rtt")
 
 
-def test_evaluate_on_measured_traces(tmp_path):
+def test_evaluate_on_measured_traces(tmp_path, capsys):
     root, out = tmp_path / "traces", tmp_path / "out.json"
     root.mkdir()
     tiny_root(root)
@@ -388,6 +388,14 @@ def test_evaluate_on_measured_traces(tmp_path):
     submitted = [c["arms"]["solver"]["requests"]["submitted"] for c in
                  result["by_condition"].values()]  # fmt: skip
     assert result["arms"]["solver"]["requests"]["submitted"] == sum(submitted)
+    assert evaluate.main([*argv, "--conditions", "saturatr-x4-steady"]) == 0
+    alone = json.loads(out.read_text())["by_condition"]
+    assert list(alone) == ["saturatr-x4-steady"]
+    before, after = (x["saturatr-x4-steady"]["by_rate"] for x in (result["by_condition"], alone))
+    assert all(before[rate]["cost_rows"] == after[rate]["cost_rows"] for rate in ("0.4", "0.8"))
+    capsys.readouterr()
+    assert evaluate.main([*argv, "--conditions", "saturatr-steady,lunar"]) == 2
+    assert "unknown conditions 'lunar'; expected some of saturatr" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(MEASURED is None, reason="the measured traces are not part of the product")

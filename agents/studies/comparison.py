@@ -254,8 +254,9 @@ def _trajectory(condition: str, row: list[Cell]) -> dict[str, Any]:
 
 def _conditions(args: argparse.Namespace) -> list[Condition]:
     """What the arms will meet: a scenario, several, measured traces, or a pace of change."""
-    if args.split is not None and args.traces is None:
-        raise ConfigError("--split names a part of --traces DIR; give both")
+    for option in ("split", "conditions"):
+        if getattr(args, option) is not None and args.traces is None:
+            raise ConfigError(f"--{option} names a part of --traces DIR; give both")
     paces = numbers("--change-every", args.change_every, "seconds", "0.05,1,60")
     names = [None] if args.scenario is None else [n for n in args.scenario.split(",") if n]
     scenarios = [Scenario.load(name) for name in names]
@@ -266,7 +267,8 @@ def _conditions(args: argparse.Namespace) -> list[Condition]:
     if paces and (args.traces is not None or args.backend == "testbed"):
         raise ConfigError("--change-every is for the simulator, without --traces")
     if args.traces is not None:
-        return [*split(args.traces, scenarios[0]).part(args.split or "test")]
+        part = split(args.traces, scenarios[0]).part(args.split or "test")
+        return _named(part, args.conditions)
     if paces:
         every = [f"every {pace:g} s" for pace in paces]
         return [Condition(e, e, scenarios[0], p) for e, p in zip(every, paces, strict=True)]
@@ -281,6 +283,20 @@ def _conditions(args: argparse.Namespace) -> list[Condition]:
                 )
     labels = [Path(str(name)).stem for name in names]
     return [Condition(n, n, s) for n, s in zip(labels, scenarios, strict=True)]
+
+
+def _named(part: Sequence[Condition], names: str | None) -> list[Condition]:
+    """The conditions of those names, comma-separated; all without names."""
+    if names is None:
+        return [*part]
+    known = {condition.name: condition for condition in part}
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    unknown = [name for name in wanted if name not in known]
+    if unknown or not wanted:
+        raise ConfigError(
+            f"unknown conditions {', '.join(unknown)!r}; expected some of {', '.join(known)}"
+        )
+    return [known[name] for name in wanted]
 
 
 def _at_cadence(args: argparse.Namespace, scenario: Scenario) -> Scenario:
