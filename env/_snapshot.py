@@ -125,7 +125,7 @@ class Snapshot:
         due_s: [B, H] when each hop's newest frame arrives, where delays vary.
         pings: What pings have measured; None where delays are constant.
         state: What a controller sees.
-        held: The last conditions, for a run-out; None before the first interval.
+        lately: What conditions lately were, for a run-out; None before the first interval.
         queued: The open requests.
         recorded: Whether the requests' rows are kept.
     """
@@ -140,7 +140,7 @@ class Snapshot:
     pings: Pings | None
     probing: NDArray[np.bool_]
     state: SystemState
-    held: IntervalConditions | None
+    lately: IntervalConditions | None
     queued: Queued
     recorded: bool
 

@@ -33,6 +33,7 @@ F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 BYTES_PER_S_PER_MBPS = 1e6 / 8
 MAX_LOAD = 0.9
+LATELY_S = 12.0
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,29 @@ class IntervalConditions:
             for name, level in self._levels(lambda a: a).items()
         }
         return replace(self.held(), **means)
+
+    def smoothed(self, before: IntervalConditions | None, interval_s: float) -> IntervalConditions:
+        """What it has lately been: running means over about `LATELY_S`, and no arrivals.
+
+        Args:
+            before: The same after the interval before; None for the first one.
+            interval_s: How long an interval lasts.
+        """
+        now = self.mean()
+        if before is None:
+            return now
+        share = -np.expm1(-interval_s / LATELY_S)
+        return replace(
+            now,
+            **{
+                name: old + share * (new - old)
+                for (name, new), old in zip(
+                    now._levels(lambda a: a).items(),
+                    before._levels(lambda a: a).values(),
+                    strict=True,
+                )
+            },
+        )
 
     @staticmethod
     def joined(intervals: Sequence[IntervalConditions]) -> IntervalConditions:

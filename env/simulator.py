@@ -165,7 +165,7 @@ class Simulator:
             self._play(self._conditions)  # the seed may name other rates
         self._empty()
         self.time_s = 0.0
-        self._last: IntervalConditions | None = None
+        self._lately: IntervalConditions | None = None
         coming = self._coming = self._conditions.next()
         chain = self._chain
         self._state = first_state(chain, self.model.scenario, coming, self.n_ref)
@@ -188,8 +188,8 @@ class Simulator:
             ConfigError: The cuts are no plans, or of the wrong shape.
         """
         cuts = self._chain.checked(cuts, self.batch)
-        conditions = self._last = self._coming or self._conditions.next()
-        self._coming = None
+        conditions, self._coming = self._coming or self._conditions.next(), None
+        self._lately = conditions.smoothed(self._lately, self._dt_s)
         record = IntervalRecord.zeros(self.batch, self._chain.n_nodes)
         flows: Flows = [[] for _ in self._stations]
         if probe_bytes is not None:
@@ -207,7 +207,9 @@ class Simulator:
         return StepResult(state=self._state, record=record, completed=completed)
 
     def drain(self) -> IntervalRecord:
-        """No more arrivals and the last conditions held: run out what is open.
+        """No more arrivals, and conditions held as they lately were: run out what is open.
+
+        Their means (`IntervalConditions.smoothed`): a moment's outage must not last for ever.
 
         Bounded by `DRAIN_DEADLINES` deadlines; what is still open then is counted as lost, and was
         charged as outstanding until then. Call `reset` afterwards.
@@ -216,12 +218,12 @@ class Simulator:
 
     def drain_completed(self) -> StepResult:
         """As `drain`, with the requests that ended (when recorded) and the state after it."""
-        if self._last is None:
+        if self._lately is None:
             return StepResult(self._state, IntervalRecord.zeros(self.batch, self._chain.n_nodes))
-        return self.run_out(self._last.held())
+        return self.run_out(self._lately)
 
     def run_out(self, coming: IntervalConditions, substep_s: float | None = None) -> StepResult:
-        """As `drain_completed`, under other conditions than the last ones.
+        """As `drain_completed`, under other conditions.
 
         Args:
             coming: Bandwidth and load from now on, in sub-steps; the last is held until all is
@@ -265,7 +267,7 @@ class Simulator:
             pings=None if self._pings is None else self._pings.take(np.arange(self.batch)),
             probing=self._probing.copy(),
             state=self._state.take(np.arange(self.batch)),
-            held=None if self._last is None else self._last.held(),
+            lately=self._lately,
             queued=Queued.of(self._store, self._stations, back),
             recorded=self.record_requests,
         )
@@ -311,7 +313,7 @@ class Simulator:
         self._due_s = snapshot.due_s[index]
         self._pings = None if snapshot.pings is None else snapshot.pings.take(index)
         self._state = snapshot.state.take(index)
-        self._last = None if snapshot.held is None else snapshot.held.take(index)
+        self._lately = None if snapshot.lately is None else snapshot.lately.take(index)
         return self._state
 
     def _empty(self) -> None:

@@ -2,7 +2,7 @@
 
 import heapq
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from toy_chain import SPEC
@@ -120,6 +120,21 @@ def union(spans):
 def first_rate(scenario, hop_bytes_per_s):
     """What a probe at time 0 finds; a hop that is down is slower than this, and no more known."""
     return max(hop_bytes_per_s, scenario.probing.payload_bytes / scenario.probing.idle_s)
+
+
+def lately_of(intervals, scenario):
+    """What a run-out meets: running means over 12 s, each interval's by its mean."""
+    share = 1.0 - np.exp(-scenario.interval_s / 12.0)
+    weights = share * (1.0 - share) ** np.arange(len(intervals))[::-1]
+    weights[0] = (1.0 - share) ** (len(intervals) - 1)
+    means = {
+        name: sum(
+            w * getattr(c, name).mean(axis=2, keepdims=True)
+            for w, c in zip(weights, intervals, strict=True)
+        )
+        for name in ("hop_bytes_per_s", "node_speed", "hop_delay_s")
+    }
+    return replace(intervals[-1].held(), **means)
 
 
 class LateReference(Reference):

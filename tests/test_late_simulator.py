@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from event_simulation import LateReference, first_rate
+from event_simulation import LateReference, first_rate, lately_of
 from test_simulator import conditions_of
 from toy_chain import SPEC, constant_scenario, random_cuts, toy_profile, toy_scenario
 
@@ -63,8 +63,9 @@ def test_equals_event_by_event_with_late_binding(interval_s, substep_s, steps, s
     sim, model, results, drained, plans = rollout(seed, interval_s, steps, substep_s=substep_s)
     scenario = model.scenario
     conditions, intervals = conditions_of(scenario, sim.n_ref, seed, steps)
-    speed = np.concatenate([c.node_speed for c in intervals], axis=2)
-    hop = np.concatenate([c.hop_bytes_per_s for c in intervals], axis=2)
+    lately = lately_of(intervals, scenario)
+    speed = np.concatenate([c.node_speed for c in [*intervals, lately]], axis=2)
+    hop = np.concatenate([c.hop_bytes_per_s for c in [*intervals, lately]], axis=2)
     end = steps * interval_s + DRAIN_DEADLINES * model.references.deadline_s
     checked = choices = computed = relayed = 0
     for b in range(sim.batch):

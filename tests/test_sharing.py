@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import numpy as np
 import pytest
-from event_simulation import Reference
+from event_simulation import Reference, lately_of
 from toy_chain import random_cuts, toy_profile, toy_scenario
 
 from env.conditions import Conditions
@@ -40,8 +40,9 @@ def event_by_event(model, seed, edges, groups, steps):
     batch = edges * groups
     conditions = CrowdConditions(Conditions(model.scenario, np.full(batch, 4.0), seed), edges)
     intervals = [conditions.next() for _ in range(steps)]
-    speed = np.concatenate([c.node_speed for c in intervals], axis=2)
-    hop = np.concatenate([c.hop_bytes_per_s for c in intervals], axis=2)
+    played = [*intervals, lately_of(intervals, model.scenario)]
+    speed = np.concatenate([c.node_speed for c in played], axis=2)
+    hop = np.concatenate([c.hop_bytes_per_s for c in played], axis=2)
     for g in range(groups):
         rates = [[1.0]] * (STATIONS * edges)
         delays = [[0.0]] * (HOPS * edges)

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from event_simulation import Item, Reference, first_rate, overlap, union
+from event_simulation import Item, Reference, first_rate, lately_of, overlap, union
 from toy_chain import SPEC, constant_scenario, random_cuts, toy_profile, toy_scenario
 
 from env._accounting import MEASURED_BYTES
@@ -44,13 +44,14 @@ def references(sim, model, results, drained, seed, probes):
     """Per environment: the reference after running the simulator's accepted requests, and rows."""
     scenario, steps = model.scenario, len(results)
     conditions, intervals = conditions_of(scenario, sim.n_ref, seed, steps)
-    speed = np.concatenate([c.node_speed for c in intervals], axis=2)
-    hop = np.concatenate([c.hop_bytes_per_s for c in intervals], axis=2)
+    lately = lately_of(intervals, scenario)
+    speed = np.concatenate([c.node_speed for c in [*intervals, lately]], axis=2)
+    hop = np.concatenate([c.hop_bytes_per_s for c in [*intervals, lately]], axis=2)
     done = [r.completed for r in [*results, drained]]
     for b in range(sim.batch):
         rates = [None] * (2 * len(hop[0]) + 1)
         rates[0::2], rates[1::2] = [list(s) for s in speed[b]], [list(h) for h in hop[b]]
-        delays = np.concatenate([c.hop_delay_s[b] for c in intervals], axis=1)
+        delays = np.concatenate([c.hop_delay_s[b] for c in [*intervals, lately]], axis=1)
         reference = Reference(model.profile, scenario, rates, conditions.substep_s, delays)
         rows = [(c, i) for c in done for i in np.flatnonzero(c.env == b)]
         kept = [(c, i) for c, i in rows if not (c.lost[i] and c.work_s[i].sum() == 0)]

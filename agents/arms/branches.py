@@ -46,12 +46,15 @@ class Branches:
         run_out_s = DRAIN_DEADLINES * model.references.deadline_s
         ahead = min(AHEAD_INTERVALS, int(run_out_s / model.scenario.interval_s - 1e-9))
         means = [interval.mean() for interval in tape.intervals]
-        last = tape.intervals[-1].held()
+        lately: IntervalConditions | None = None
+        for interval in tape.intervals:
+            lately = interval.smoothed(lately, model.scenario.interval_s)
+        assert lately is not None
         self._after = []
         for t in range(1, len(tape) + 1):
             coming = means[t : t + ahead]
-            # A moment's outage must not be held for ever; but at the end that is what counts.
-            held = last if t + ahead >= len(tape) else IntervalConditions.joined(coming).mean()
+            # As `Simulator.drain` has it at the end.
+            held = lately if t + ahead >= len(tape) else IntervalConditions.joined(coming).mean()
             self._after.append(IntervalConditions.joined([*coming, held]))
         self._start = self._simulator.snapshot()
 
