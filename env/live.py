@@ -239,12 +239,11 @@ class LiveSystem:
             playback.play_load(node, start_s, dt, row.tolist())
 
     def _measure_hops(self) -> None:
-        """Probe every hop, so that the first decision knows it; what that takes is start-up's."""
-        probing = self.scenario.probing
-        sizes = np.full(self.model.profile.n_nodes - 1, float(probing.payload_bytes))
-        self._start_probes(sizes)
+        """Probe every hop, so that the first decision knows it; charged to no interval."""
+        probing, n_nodes = self.scenario.probing, self.model.profile.n_nodes
+        self._start_probes(np.full(n_nodes - 1, float(probing.payload_bytes)))
         wait([future for *_, future in self._probes], timeout=probing.idle_s)
-        self._probes = [item for item in self._probes if not item[2].done()]
+        self._collect_probes(IntervalRecord.zeros(1, n_nodes))
 
     def _finish_open(self) -> None:
         for item in self._open:
