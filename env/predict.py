@@ -26,7 +26,14 @@ from executor.profile import Profile
 if TYPE_CHECKING:
     from env.state import SystemState
 
-__all__ = ["CostModel", "PlanTable", "Prediction", "station_seconds", "usual_conditions"]
+__all__ = [
+    "LEAST_INTERVAL_S",
+    "CostModel",
+    "PlanTable",
+    "Prediction",
+    "station_seconds",
+    "usual_conditions",
+]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]

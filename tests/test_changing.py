@@ -107,7 +107,7 @@ def test_a_guard_for_each_environment_decides_as_it_would_alone() -> None:
 
     def guard() -> GuardedController:
         policy = Static("policy", cloud_only(model.profile.spec, 3))
-        return GuardedController(policy, GuardSettings(drift_ratio=0.5, window=3))
+        return GuardedController(policy, GuardSettings(drift_ratio=0.5, window_s=3.0))
 
     simulator = Simulator(model, 3, 4, record_requests=True)
     rows, alone, second = PerRow("guarded", guard), guard(), np.array([1])

@@ -19,7 +19,7 @@ from env.synthetic import synthetic_profile
 from env.system import StepResult
 from executor.model import model_spec
 
-SETTINGS = GuardSettings(hold_intervals=3, window=4, stale_s=10.0)
+SETTINGS = GuardSettings(hold_s=3.0, window_s=4.0, stale_s=10.0)
 
 
 @pytest.fixture(scope="module")

@@ -31,17 +31,17 @@ class GuardSettings:
     Attributes:
         stale_s: A hop's bandwidth older than this cannot be trusted.
         max_rate_bytes_per_s: Above this a bandwidth is out of the range trained on.
-        drift_ratio: Fall back when the mean observed cost of `window` intervals exceeds this
-            times the predicted one...
-        window: ...over this many intervals.
-        hold_intervals: Stay with the solver for so many intervals after the last reason.
+        drift_ratio: Fall back when the mean observed cost of `window_s` exceeds this times the
+            predicted one...
+        window_s: ...over so many seconds of intervals with arrivals.
+        hold_s: Stay with the solver for so long after the last reason.
     """
 
     stale_s: float = 30.0
     max_rate_bytes_per_s: float = 1.25e9
     drift_ratio: float = 3.0
-    window: int = 10
-    hold_intervals: int = 5
+    window_s: float = 10.0
+    hold_s: float = 5.0
 
 
 class GuardedController:
@@ -66,8 +66,10 @@ class GuardedController:
         self._cost = Cost(model.profile, model.references, model.scenario)
         self._policy.reset(model, batch)
         self._solver.reset(model, batch)
-        self._predicted: collections.deque[float] = collections.deque(maxlen=self._settings.window)
-        self._observed: collections.deque[float] = collections.deque(maxlen=self._settings.window)
+        self._window = max(1, round(self._settings.window_s / model.scenario.interval_s))
+        self._holds = max(1, round(self._settings.hold_s / model.scenario.interval_s))
+        self._predicted: collections.deque[float] = collections.deque(maxlen=self._window)
+        self._observed: collections.deque[float] = collections.deque(maxlen=self._window)
         self._hold, self.reason = 0, ""
         self._pending = float("nan")
 
@@ -80,7 +82,7 @@ class GuardedController:
             if not self._hold:
                 log.warning("falling back to the solver: %s", reason, extra={"reason": reason})
             self.fallbacks[reason] += 1
-            self._hold, self.reason = self._settings.hold_intervals, reason
+            self._hold, self.reason = self._holds, reason
         elif self._hold:
             self._hold -= 1
             if not self._hold:
@@ -113,7 +115,7 @@ class GuardedController:
             return "bandwidth out of range"
         if (state.bandwidth_age_s > settings.stale_s).any():
             return "bandwidth stale"
-        full = len(self._observed) == settings.window
+        full = len(self._observed) == self._window
         if full and sum(self._observed) > settings.drift_ratio * sum(self._predicted):
             return "observed cost above predicted"
         return ""
