@@ -117,6 +117,8 @@ def _show(result: dict[str, Any], console: Console) -> None:
     name, backend = result["model"], result["backend"]
     if result.get("interval_s", 1.0) != 1.0:
         name += f", a decision every {result['interval_s']:g} s"
+    if result.get("per_request"):
+        name += ", policies and solver per request"
     for rate, part in result["by_rate"].items():
         title = f"{name}, {backend}, {rate} of capacity ({part['rate_rps']:.2f}/s)"
         console.print(table(title, part["arms"]))
@@ -183,6 +185,11 @@ def _parser() -> argparse.ArgumentParser:
         "--late-binding",
         action="store_true",
         help="let the fog pick its cut when a request's turn comes (docs/cadence.md)",
+    )
+    add(
+        "--per-request",
+        action="store_true",
+        help="testbed only: policies and solver decide again for every request, as it is submitted",
     )
     add(
         "--startup-s",

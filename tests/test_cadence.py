@@ -9,6 +9,8 @@ from test_policy import make_policy, random_states
 from agents import evaluate
 from agents.arms.controllers import Glancing, Solver
 from agents.arms.guard import GuardedController
+from agents.arms.mpc import ModelPredictive
+from agents.arms.per_row import PerRow
 from agents.arms.runtime import Checkpoint, PolicyController
 from agents.learning.policy import export_arrays
 from agents.studies.cadence import cadences
@@ -113,6 +115,29 @@ def test_the_policy_sees_the_past_at_the_interval_it_was_trained_at(checkpoint):
 def test_the_solver_looks_a_second_and_a_half_ahead_at_least():
     assert toy_model(0.05).horizon_s == toy_model(1.0).horizon_s == 1.5
     assert toy_model(10.0).horizon_s == 15.0
+
+
+def test_mpc_steps_by_a_second_at_least():
+    """Of one state a controller that decides more often thinks as one that decides every second."""
+    state = random_states(toy_model(1.0), 20, 0)
+    cuts = {}
+    for interval_s in (0.2, 1.0, 10.0):
+        arm = ModelPredictive()
+        arm.reset(toy_model(interval_s), 20)
+        cuts[interval_s] = arm.decide(state).cuts
+    np.testing.assert_array_equal(cuts[0.2], cuts[1.0])
+    assert not np.array_equal(cuts[1.0], cuts[10.0])
+
+
+def test_one_controller_per_row_glances_for_each(checkpoint):
+    model = toy_model(1.0)
+    together = PolicyController(checkpoint)
+    rows = PerRow("policy", lambda: PolicyController(checkpoint))
+    states = [random_states(model, 5, seed) for seed in range(2)]
+    for arm in (together, rows):
+        arm.reset(model, 5)
+        arm.decide(states[0])
+    np.testing.assert_array_equal(rows.glance(states[1]), together.glance(states[1]))
 
 
 def test_a_glance_decides_for_the_moment_and_remembers_nothing(checkpoint):

@@ -291,6 +291,7 @@ def test_command_runs_a_live_system_seed_by_seed(profile_file, tmp_path, monkeyp
         (["--rates", "fast"], "--rates must be fractions like 0.4,0.8, got 'fast'"),
         (["--rates", "0.4,-1"], "--rates must be different fractions above 0"),
         (["--workers", "none"], "--workers takes a positive count of processes, or ray"),
+        (["--per-request"], "--per-request is for --backend testbed"),
         (["--workers", "2", "--backend", "testbed"], "--workers is for the simulator"),
         (["--startup-s", "-1"], "--startup-s must be >= 0"),
         (["--interval", "often"], "--interval must be seconds like 0.05,1,10, got 'often'"),

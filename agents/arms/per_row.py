@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from agents.arms.controllers import Controller, Decision
+from agents.arms.controllers import Controller, Decision, Glancing
 from env.cost import IntervalRecord
 from env.predict import CostModel
 from env.state import SystemState
@@ -49,6 +49,14 @@ class PerRow:
         none = np.zeros((1, cuts.shape[1]))
         probes = [none if d.probe_bytes is None else d.probe_bytes for d in decisions]
         return Decision(cuts, np.concatenate(probes))
+
+    def glance(self, state: SystemState) -> NDArray[np.int64]:
+        """Ask each for a request in its own environment."""
+        plans = []
+        for b, controller in enumerate(self._rows):
+            assert isinstance(controller, Glancing)
+            plans.append(controller.glance(state.take(np.array([b]))))
+        return np.concatenate(plans)
 
 
 def _row(result: StepResult, index: NDArray[np.int64]) -> StepResult:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.progress import Progress
 
-from agents.arms.controllers import ArmContext, Controller, Decision, make_arm
+from agents.arms.controllers import ArmContext, Controller, Decision, Glancing, make_arm
 from agents.arms.oracle import PlanSequence, search
 from agents.arms.runtime import Checkpoint
 from agents.cli import transfers
@@ -160,6 +160,10 @@ class Cell:
                 runs = []
                 for seed in [*self._seeds] * self.args.repeats:
                     controller = make_arm(name, self._context(1, seed))
+                    if isinstance(system, LiveSystem):
+                        system.glance = None
+                        if self.args.per_request and isinstance(controller, Glancing):
+                            system.glance = controller.glance
                     runs.append(self._run(system, controller, seed))
                 self.runs[name] = ArmRun.stack(runs)
                 self.decide_us[name] = 1e6 * float(np.mean(self.runs[name].decide_s))

@@ -56,6 +56,10 @@ def compare(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     count = workers(args.workers)
     if count != 1 and args.backend == "testbed":
         raise ConfigError("--workers is for the simulator: on the testbed runs take turns")
+    if args.per_request and args.backend != "testbed":
+        raise ConfigError(
+            "--per-request is for --backend testbed; in the simulator --interval 0.05 comes close"
+        )
     conditions = [replace(c, scenario=_at_cadence(args, c.scenario)) for c in _conditions(args)]
     scenario = conditions[0].scenario
     rates = numbers("--rates", args.rates, "fractions", "0.4,0.8", 100.0)
@@ -87,6 +91,7 @@ def compare(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "repeats": args.repeats if args.backend == "testbed" else 1,
         "interval_s": scenario.interval_s,
         "late_binding": scenario.late_binding,
+        **({"per_request": True} if args.per_request else {}),
         **({"transfers": profile.transfers} if set(profile.transfers) != {"float32"} else {}),
         "hops": ", ".join(dict.fromkeys(hop_class(c.scenario) for c in conditions)),
         "intervals": done[0].n_intervals,
