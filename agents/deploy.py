@@ -160,8 +160,8 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--per-request",
-        action="store_true",
-        help="policies and solver: decide again for every request, as it is submitted",
+        action=argparse.BooleanOptionalAction,
+        help="decide again for every request, as it is submitted (default: policies and solver do)",
     )
     parser.add_argument(
         "--late-binding",
@@ -231,7 +231,7 @@ def _deploy(args: argparse.Namespace) -> int:
             system = stack.enter_context(open_system(args, checkpoint))
             recalibrate = not args.no_recalibration
             controller = make_controller(args.controller, system, checkpoint, recalibrate)
-            if args.per_request:
+            if args.controller in PREDICTING and args.per_request is not False:
                 assert isinstance(controller, Glancing)
                 system.glance = controller.glance
             session = Session(system, controller, telemetry)

@@ -50,11 +50,15 @@ def main() -> None:
 
 
 def pooled(files: list[Path]) -> dict[str, dict[Cell, dict[str, list[float]]]]:
-    """By model and cell every arm's cost of each seed; of arms that all of a cell's files have."""
+    """By model and cell every arm's cost of each seed; of arms that all of a cell's files have.
+
+    Files of several intervals between decisions count as a model for each.
+    """
     models: dict[str, dict[Cell, dict[str, list[float]]]] = {}
-    for path in files:
-        result = json.loads(path.read_text())
-        cells = models.setdefault(result["model"], {})
+    read = [json.loads(path.read_text()) for path in files]
+    for result in (one for r in read for one in r.get("by_interval", {"": r}).values()):
+        every = f" every {result['interval_s']:g} s" if result["interval_s"] != 1.0 else ""
+        cells = models.setdefault(result["model"] + every, {})
         for name, condition in result["by_condition"].items():
             for rate, part in condition["by_rate"].items():
                 cell, rows = (name, condition["family"], rate), part["cost_rows"]
@@ -115,6 +119,9 @@ def show(label: str, cells: list[dict[str, F64]]) -> None:
     arms: dict[str, Any] = {arm: means(cells, arm)[0] for arm in cells[0]}
     print(f"  {label}: " + ", ".join(f"{arm} {cost:.3f}" for arm, cost in arms.items()))
     for subject in (s for s in SUBJECTS if s in arms):
+        for bound in (b for b in ("oracle", "best-static") if b in arms):
+            over = with_interval(means(cells, subject) / means(cells, bound))
+            print(f"    {subject} / {bound} {interval_text(over)}")
         share = f", closes {interval_text(closed(cells, subject))}" if "oracle" in arms else ""
         print(f"    {subject} / {best_other(cells)} {interval_text(ratio(cells, subject))}{share}")
 

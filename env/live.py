@@ -117,6 +117,7 @@ class LiveSystem:
         n_nodes = model.profile.n_nodes
         self._probers = ThreadPoolExecutor(max(1, n_nodes - 1), thread_name_prefix="probe")
         self._probes: list[tuple[int, float, Future[list[float]]]] = []
+        self._failing: set[int] = set()  # hops whose last probe failed
         self._open: list[_Open] = []
         self._sent = 0
         self._cuts = np.zeros((1, n_nodes - 1), dtype=np.int64)
@@ -306,9 +307,14 @@ class LiveSystem:
                 continue
             error = future.exception()
             if isinstance(error, SplitpilotError):
-                log.warning("probe of hop %d failed: %s", hop, error)
+                # Once for each time that it goes down; an outage is probed every second.
+                level = logging.DEBUG if hop in self._failing else logging.WARNING
+                log.log(level, "probe of hop %d failed: %s", hop, error)
+                self._failing.add(hop)
             elif error is not None:
                 raise error
+            else:
+                self._failing.discard(hop)
             if not isinstance(error, RequestRefused):  # without an answer, it was sent all the same
                 rate = self._rate(hop, self.client.status())
                 record.hop_transmit_s[0, hop] += n_bytes / rate

@@ -128,12 +128,13 @@ def test_deploy_serves_with_the_policy(trained: Path, tmp_path: Path) -> None:
     done = run(
         "-m", "agents.deploy", "--model", "alexnet", "--duration", "4", "--rate", "4",
         "--checkpoint", str(trained / "alexnet"), "--json", str(out), "--runs", str(tmp_path),
-        "--per-request", "--late-binding", "--interval", "0.5",
+        "--late-binding", "--interval", "0.5",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     summary = json.loads(out.read_text())
     requests = summary["requests"]
     assert summary["decisions"] == 8 and summary["controller"] == "guarded-policy"
+    assert summary["per_request"] is True
     assert requests["submitted"] == requests["completed"] + requests["lost"] > 0
     assert summary["energy_j_per_request"]["full"]["total"] > 0
     assert "cost per request" in done.stdout

@@ -219,6 +219,26 @@ def test_every_hop_is_probed_before_the_first_decision(model: CostModel) -> None
     assert step.record.hop_transmit_s.sum() == pytest.approx(0.001 * step.record.completed[0])
 
 
+def test_an_outage_is_told_once(model: CostModel, caplog: pytest.LogCaptureFixture) -> None:
+    client = StandInClient()
+    live = LiveSystem(model, client, lambda i: i)
+    cuts, probe = np.array([[0, 0]]), np.array([[0.0, 65536.0]])
+
+    def told(failure: Exception | None) -> int:
+        caplog.clear()
+        client.probe_fails = failure
+        live.step(cuts, probe)
+        live.step(cuts)  # by now the probe's end was collected
+        return sum("probe of hop 1 failed" in r.message for r in caplog.records)
+
+    try:
+        live.reset(1)
+        down = RequestTimeout("silent")
+        assert [told(x) for x in (down, down, None, down)] == [1, 0, 0, 1]
+    finally:
+        live.close()
+
+
 def test_a_delay_that_varies_is_played_and_a_constant_one_is_not(model: CostModel) -> None:
     played: dict[int, list[float]] = {}
 

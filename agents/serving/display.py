@@ -81,7 +81,8 @@ def summary_table(summary: dict[str, Any]) -> Table:
     table = Table(title=f"{summary['model']}, {summary['controller']}: summary", show_header=False)
     latency, energy = summary["latency_ms"], summary["energy_j_per_request"]["full"]
     requests = summary["requests"]
-    table.add_row("served", f"{summary['seconds']:.0f} s, {summary['decisions']} decisions")
+    again = ", and one for each request" if summary["per_request"] else ""
+    table.add_row("served", f"{summary['seconds']:.0f} s, {summary['decisions']} decisions{again}")
     table.add_row("requests", ", ".join(f"{v} {k}" for k, v in requests.items()))
     table.add_row("latency, ms", ", ".join(f"{k} {v:.0f}" for k, v in latency.items()))
     table.add_row(

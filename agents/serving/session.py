@@ -206,6 +206,7 @@ class Session:
                 "late": int(total.late[0]),
             },
             "decisions": self.decisions,
+            "per_request": self.system.glance is not None,
             "switches": self.switches,
             "decide_us": float(np.median(self.decide_s or [0.0]) * 1e6),
             "fallbacks": fallbacks,
