@@ -26,14 +26,7 @@ from executor.profile import Profile
 if TYPE_CHECKING:
     from env.state import SystemState
 
-__all__ = [
-    "LEAST_INTERVAL_S",
-    "CostModel",
-    "PlanTable",
-    "Prediction",
-    "station_seconds",
-    "usual_conditions",
-]
+__all__ = ["CostModel", "PlanTable", "Prediction", "station_seconds", "usual_conditions"]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -127,6 +120,7 @@ class CostModel:
             requests meet them): unloaded seconds, or bytes.
         used: [S, 1, A] 1.0 where it asks anything.
         active_cost: [A] cost of the energy it takes to compute a request.
+        ahead_s: An interval, or a second where that is shorter: the step of whoever looks ahead.
         capacity_rps: What the best static plan can serve under the scenario's usual conditions.
     """
 
@@ -151,7 +145,8 @@ class CostModel:
         self.table = PlanTable(profile, self.plans)
         self._direct = dict(direct or {})
         self._usable: dict[bytes, Mask] = {}
-        self.horizon_s = horizon_intervals * max(scenario.interval_s, LEAST_INTERVAL_S)
+        self.ahead_s = max(scenario.interval_s, LEAST_INTERVAL_S)
+        self.horizon_s = horizon_intervals * self.ahead_s
         self._lay_out(profile)
 
     def recalibrate(self, profile: Profile) -> None:

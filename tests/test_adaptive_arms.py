@@ -163,7 +163,7 @@ def test_mpc_plays_the_queues_forward_as_fluids(model):
     arm, plans = ModelPredictive(), np.arange(n_plans)
     arm.reset(model, n_plans)
     state.in_flight[:] = 9.0
-    later = queues_later(model, state, plans, model.scenario.interval_s)
+    later = queues_later(model, state, plans)
     speed, table = 1.0 - state.node_load, model.table
     nodes, hops = state.node_backlog_s.copy(), state.hop_backlog_bytes.copy()
     for _ in range(1000):

@@ -43,7 +43,7 @@ def test_a_plan_is_charged_what_the_intervals_after_it_cost(model: CostModel) ->
             after, later = state.take(np.array([b])), 0.0
             held = np.array([plan])
             for _ in range(2):
-                after = queues_later(model, after, held, model.scenario.interval_s)
+                after = queues_later(model, after, held)
                 cost = model.predict(after).cost[0]
                 held, later = np.array([cost.argmin()]), later + float(cost.min())
             expected = logits[b, plan] - 0.7 / TAU * later

@@ -66,10 +66,12 @@ class GuardedController:
         self._cost = Cost(model.profile, model.references, model.scenario)
         self._policy.reset(model, batch)
         self._solver.reset(model, batch)
-        self._window = max(1, round(self._settings.window_s / model.scenario.interval_s))
-        self._holds = max(1, round(self._settings.hold_s / model.scenario.interval_s))
-        self._predicted: collections.deque[float] = collections.deque(maxlen=self._window)
-        self._observed: collections.deque[float] = collections.deque(maxlen=self._window)
+        window, self._holds = (
+            max(1, round(seconds / model.scenario.interval_s))
+            for seconds in (self._settings.window_s, self._settings.hold_s)
+        )
+        self._predicted: collections.deque[float] = collections.deque(maxlen=window)
+        self._observed: collections.deque[float] = collections.deque(maxlen=window)
         self._hold, self.reason = 0, ""
         self._pending = float("nan")
 
@@ -115,7 +117,7 @@ class GuardedController:
             return "bandwidth out of range"
         if (state.bandwidth_age_s > settings.stale_s).any():
             return "bandwidth stale"
-        full = len(self._observed) == self._window
+        full = len(self._observed) == self._observed.maxlen
         if full and sum(self._observed) > settings.drift_ratio * sum(self._predicted):
             return "observed cost above predicted"
         return ""

@@ -60,7 +60,6 @@ class Lookahead:
             many,
             plan.reshape(-1),
             [many] * (self.horizon - 1),
-            model.scenario.interval_s,
             None if usable is None else usable[row],
         )
         # In the unit of the logits' prior: per request of the coming interval.

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from agents.arms.controllers import Decision
 from agents.arms.predictive import Forecaster, PredictiveSettings
-from env.predict import LEAST_INTERVAL_S, CostModel, station_seconds
+from env.predict import CostModel, station_seconds
 from env.state import SystemState, idle_probes
 
 if TYPE_CHECKING:
@@ -35,8 +35,7 @@ class ModelPredictiveSettings:
     """How far it looks.
 
     Attributes:
-        horizon: Intervals (of a second at least, like the solver's horizon) played forward, the
-            coming one included.
+        horizon: Intervals (`CostModel.ahead_s`) played forward, the coming one included.
         tried: Plans that are played forward: the cheapest by the solver's score.
         forecast: What is expected of bandwidth, load and arrivals.
     """
@@ -64,8 +63,7 @@ class ModelPredictive:
 
     def decide(self, state: SystemState, last: StepResult | None = None) -> Decision:
         """The best first plan per environment."""
-        model = self._model
-        dt = max(model.scenario.interval_s, LEAST_INTERVAL_S)
+        model, dt = self._model, self._model.ahead_s
         self._forecaster.observe(state)
         now = self._forecaster.expected(state, 0.5 * dt)
         usable = model.usable(state)
@@ -76,7 +74,7 @@ class ModelPredictive:
             for n in range(1, self.settings.horizon)
         )
         allowed = None if usable is None else usable[row]
-        later = cost_later(model, now.take(row), plan.reshape(-1), coming, dt, allowed)
+        later = cost_later(model, now.take(row), plan.reshape(-1), coming, allowed)
         total += later.reshape(total.shape)
         best = plan[np.arange(state.batch), total.argmin(axis=1)]
         return Decision(model.table.cuts[best], idle_probes(state, model.scenario))
@@ -96,7 +94,6 @@ def cost_later(
     state: SystemState,
     plan: I64,
     coming: Iterable[SystemState],
-    step_s: float,
     usable: NDArray[np.bool_] | None = None,
 ) -> F64:
     """What the intervals after one with these plans cost, [R], the solver's plan taken in each.
@@ -106,12 +103,11 @@ def cost_later(
         state: R states.
         plan: [R] index of the plan held in each for the first interval, which does not count.
         coming: What is expected of all but the queues in each later interval, R states each.
-        step_s: Length of an interval.
         usable: [R, A] plans that can be used; None: all.
     """
     total = np.zeros(state.batch)
     for expected in coming:
-        after = queues_later(model, state, plan, step_s)
+        after = queues_later(model, state, plan)
         state = replace(
             expected,
             node_backlog_s=after.node_backlog_s,
@@ -126,15 +122,15 @@ def cost_later(
     return total
 
 
-def queues_later(model: CostModel, state: SystemState, plan: I64, step_s: float) -> SystemState:
-    """The queues `step_s` later, and what is in flight, as fluids.
+def queues_later(model: CostModel, state: SystemState, plan: I64) -> SystemState:
+    """The queues an interval later, and what is in flight, as fluids.
 
     Args:
-        model: What the plans ask of each station.
+        model: Its `ahead_s` is the interval's length.
         state: R states.
         plan: [R] index of the plan held in each.
-        step_s: Seconds.
     """
+    dt = model.ahead_s
     unit_s, _ = station_seconds(
         state.node_load,
         np.maximum(state.bytes_per_s, 1.0),
@@ -149,12 +145,10 @@ def queues_later(model: CostModel, state: SystemState, plan: I64, step_s: float)
     slowest_s = np.maximum(np.maximum.accumulate(demand * unit_s, axis=0), 1e-9)
     inflow_rps = np.tile(state.arrival_rps, (len(demand), 1))
     inflow_rps[1:] = np.minimum(inflow_rps[1:], 1.0 / slowest_s[:-1])
-    backlog = np.maximum(backlog + step_s * (inflow_rps * demand - 1.0 / unit_s), 0.0)
+    backlog = np.maximum(backlog + dt * (inflow_rps * demand - 1.0 / unit_s), 0.0)
     return replace(
         state,
         node_backlog_s=backlog[0::2].T,
         hop_backlog_bytes=backlog[1::2].T,
-        in_flight=np.maximum(
-            state.in_flight + step_s * (state.arrival_rps - 1.0 / slowest_s[-1]), 0.0
-        ),
+        in_flight=np.maximum(state.in_flight + dt * (state.arrival_rps - 1.0 / slowest_s[-1]), 0.0),
     )
