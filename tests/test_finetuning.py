@@ -116,7 +116,9 @@ def test_learns_to_avoid_what_costs_more(model: CostModel) -> None:
 
     def probabilities() -> torch.Tensor:
         distribution = learner._tuned.get_distribution(seen).distribution
-        return distribution.probs[0].detach()  # type: ignore[union-attr]  # categorical
+        assert isinstance(distribution, torch.distributions.Categorical)
+        first: torch.Tensor = distribution.probs[0].detach()
+        return first
 
     bad, good = probabilities().argsort(descending=True)[:2].tolist()
     window = replace(window, actions=np.array([bad, good] * 4), rewards=np.array([-50.0, 0.0] * 4))

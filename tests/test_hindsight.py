@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 
 from agents.arms.runtime import PolicyController, PolicyNetwork, ResidualActor
 from agents.learning.hindsight import (
@@ -47,7 +48,7 @@ def new_policy(model: CostModel) -> ResidualSolverPolicy:
     env = SimulatorVecEnv(model, 2, seed=0)
     return ResidualSolverPolicy(
         env.observation_space,
-        env.action_space,  # type: ignore[arg-type]  # Discrete by construction
+        spaces.Discrete(len(model.plans)),
         lambda _: 1e-3,
         **policy_kwargs(model),
     )

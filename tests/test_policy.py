@@ -18,7 +18,13 @@ from agents.arms.controllers import Controller, Solver
 from agents.arms.runtime import Checkpoint, PolicyController, PolicyNetwork
 from agents.learning.hindsight import HindsightSettings
 from agents.learning.policy import ResidualSolverPolicy, export_arrays, policy_kwargs
-from agents.learning.training import VALIDATION_SEED, TrainingSettings, to_checkpoint, train_policy
+from agents.learning.training import (
+    VALIDATION_SEED,
+    GroupBaselineBuffer,
+    TrainingSettings,
+    to_checkpoint,
+    train_policy,
+)
 from agents.learning.validation import mean_cost
 from env.predict import CostModel
 from env.scenario import Scenario
@@ -159,7 +165,9 @@ def test_training_is_deterministic_and_keeps_the_best(model: CostModel, tmp_path
     # Groups that share a baseline must share their conditions.
     env = results[0].ppo.get_env()
     assert isinstance(env, SimulatorVecEnv)
-    assert results[0].ppo.rollout_buffer.copies == TINY.copies  # type: ignore[attr-defined]  # ours
+    buffer = results[0].ppo.rollout_buffer
+    assert isinstance(buffer, GroupBaselineBuffer)
+    assert buffer.copies == TINY.copies
     arrivals = env.simulator.step(np.zeros((TINY.n_envs, 2), dtype=np.int64)).record.arrived
     groups = arrivals.reshape(-1, TINY.copies)
     assert (groups == groups[:, :1]).all() and len(set(groups[:, 0])) > 1

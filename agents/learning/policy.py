@@ -136,7 +136,7 @@ class ResidualSolverPolicy(ActorCriticPolicy):
         """A copy with weights of its own."""
         copied = type(self)(
             self.observation_space,
-            self.action_space,  # type: ignore[arg-type]  # Discrete by construction
+            spaces.Discrete(len(self._demand)),
             lambda _: 1e-4,
             self._demand.tolist(),
             self._tau,
