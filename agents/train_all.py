@@ -1,8 +1,8 @@
 """`python -m agents.train_all`: one policy for every model and every mix of devices.
 
 Trains in the simulator on the profiles of the shipped checkpoints and on estimated profiles of
-other torchvision models, on nodes of varying speed, under the shipped scenarios (and measured
-traces, with --traces). Any command then takes it as the arm or controller `policy-all`.
+other torchvision models, on nodes of varying speed, under the same mixture of conditions as
+`train.py`. Any command then takes it as the arm or controller `policy-all`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ from rich.console import Console
 from agents.cli import CHECKPOINTS, Parser, positive_int, progress, run_command
 from agents.learning.hindsight import HindsightSettings
 from agents.learning.scoring_training import ScoringSettings, train_for_all
-from env.predict import CostModel
 from env.scenario import Scenario
-from env.splits import split
 from env.synthetic import synthetic_model
 from executor.profile import Profile
 
@@ -26,13 +24,11 @@ __all__ = ["main"]
 
 MEASURED = ("alexnet", "vgg16", "mobilenet_v2")
 ESTIMATED = ("resnet18", "squeezenet1_1", "googlenet", "densenet121")
-SCENARIOS = ("default", "lan", "wan", "5g")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command."""
     parser = Parser(prog="python -m agents.train_all", description=__doc__.split("\n\n")[1])
-    parser.add_argument("--traces", type=Path, help="folder of measured traces (docs/traces.md)")
     parser.add_argument("--rounds", type=positive_int, default=240, help="rounds of lessons")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -40,20 +36,15 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     console = Console()
-    scenarios = [Scenario.load(None if name == "default" else name) for name in SCENARIOS]
+    scenario = Scenario.load()
     measured = [Profile.load(CHECKPOINTS / name / "profile.json") for name in MEASURED]
-    validated = scenarios[:1]
-    if args.traces is not None:
-        parts = split(args.traces, scenarios[0])
-        scenarios += [c.scenario for c in parts.train]
-        validated = [*validated, *(c.scenario for c in parts.validation)]
     defaults = ScoringSettings(seed=args.seed)
     lessons: HindsightSettings = replace(defaults.hindsight, rounds=args.rounds)
     with progress(console) as bar:
         task = bar.add_task("estimating profiles", total=len(ESTIMATED), note="")
         estimated = []
         for name in ESTIMATED:
-            estimated.append(synthetic_model(name, scenarios[0]))
+            estimated.append(synthetic_model(name, scenario))
             bar.update(task, advance=1, note=name)
         task = bar.add_task("lessons from all models", total=args.rounds, note="")
 
@@ -62,8 +53,8 @@ def main(argv: list[str] | None = None) -> int:
 
         policy = train_for_all(
             [*measured, *estimated],
-            scenarios,
-            [CostModel(profile, s) for profile in measured for s in validated],
+            scenario,
+            measured,
             replace(defaults, hindsight=lessons),
             report,
             lambda better: better.save(args.checkpoint),

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from agents.arms.controllers import Controller, Solver
+from agents.arms.lookahead import Lookahead
 from agents.arms.runtime import Checkpoint, PolicyController
 from agents.arms.scoring import ScoringPolicy, scoring_controller
 from agents.cli import CHECKPOINTS
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--rates", default="0.4,0.8,1.1")
     parser.add_argument("--first-seed", type=int, default=31000)
     args = parser.parse_args()
-    for_all = scoring_controller(ScoringPolicy.load(args.policy))
+    for_all = scoring_controller(ScoringPolicy.load(args.policy), Lookahead())
     scenarios = {"default": Scenario.load()}
     if args.traces is not None:
         parts = split(args.traces, scenarios["default"])
@@ -67,7 +68,7 @@ def main() -> None:
             model = CostModel(checkpoint.profile, scenario)
             arms: dict[str, Controller] = {
                 "solver": Solver(),
-                "own policy": PolicyController(checkpoint),
+                "own policy": PolicyController(checkpoint, ahead=Lookahead()),
             }
             compare(f"{name}, {where}", model, arms)
         for name in UNSEEN:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from agents.arms.lookahead import Lookahead
 from agents.arms.runtime import ActorController, metadata_text, read_verified
 from env.predict import CostModel, station_seconds
 from env.state import HISTORY, MAX_EXCESS, Encoder, SystemState
@@ -220,10 +221,18 @@ class ScoringPolicy:
         return cls(arrays, metadata)
 
 
-def scoring_controller(policy: ScoringPolicy) -> ActorController:
-    """The policy as a controller, for any model on three nodes."""
+def scoring_controller(policy: ScoringPolicy, ahead: Lookahead | None = None) -> ActorController:
+    """The policy as a controller, for any model on three nodes.
+
+    Args:
+        policy: Its weights, and the interval it was trained with.
+        ahead: How far it looks past the coming interval, as the arm `policy-all` does; None: not
+            at all, as in training.
+    """
     return ActorController(
         "policy-all",
         lambda model: ScoringActor(model, policy.arrays),
         policy.metadata.get("interval_s"),
+        ahead,
+        float(policy.arrays["tau"][0]),
     )

@@ -231,6 +231,11 @@ class Learner:
         self._shuffle = torch.Generator().manual_seed(seed)
         self._lessons: list[Lessons] = []
 
+    def slow_down(self, share: float) -> None:
+        """Go on with this share of the learning rate."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = share * self._settings.learning_rate
+
     def learn(self, lessons: Lessons) -> float:
         """Add a round's lessons and pass over those remembered; returns the last loss."""
         self._lessons = [*self._lessons, lessons][-self._settings.memory :]

@@ -1,14 +1,14 @@
 """Trains the one policy for all models: lessons in hindsight from many systems in turn.
 
-Every round draws a system (a model, how fast its nodes are, and conditions), gathers lessons there
-with the policy as it is, and learns from the lessons of the last rounds together. What a lesson
-holds are plans' features, so those of different models mix.
+Every round draws a system (a model, and how fast its nodes are), gathers lessons there under mixed
+conditions (`env.mixture`) with the policy as it is, and learns from the lessons of the last rounds
+together. What a lesson holds are plans' features, so those of different models mix.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
@@ -17,11 +17,10 @@ from torch import nn
 
 from agents.arms.scoring import PlanEncoder, ScoringActor, ScoringPolicy, scoring_controller
 from agents.learning.hindsight import HindsightSettings, Learner, gather_lessons
-from agents.learning.validation import Judge, overall
-from env.conditions import Conditions
+from agents.learning.validation import Judge, overall, own_and_varied
+from env.mixture import MixedConditions, Mixture
 from env.predict import CostModel
 from env.scenario import Scenario
-from env.simulator import Simulator
 from executor.profile import Profile
 
 __all__ = ["Scorer", "ScoringSettings", "scaled", "train_for_all"]
@@ -40,31 +39,35 @@ class ScoringSettings:
 
     Attributes:
         hindsight: How lessons are gathered and learned; `rounds` counts those of all systems.
+        final_learning_rate: What Adam's falls to, linearly, as a share of where it starts.
         width: Hidden width.
         tau: Temperature of the solver's prior.
         rates: Arrival rates, as fractions of the best static plan's capacity.
-        speed: Each node is made faster or slower by up to this factor, in every round anew.
-        bandwidth: Range of the factors on the hops' bandwidth, likewise.
+        as_profiled: Share of the rounds in which nodes are as fast as their profile says.
+        speed: Elsewhere each node is made faster or slower by up to this factor.
+        mixture: Conditions trained on.
         strengths: Factors on what was learned that are tried in the end, beside 0 and 1; the one
             that validates best is kept (at 0 the policy is the solver).
         validate_every: Rounds between two validations.
-        validation_envs: Environments per validated system.
+        validation_envs: Environments of each kind (own, varied) per validated model.
         validation_intervals: Their length.
         seed: Everything drawn depends on it.
     """
 
     hindsight: HindsightSettings = field(
-        default_factory=lambda: HindsightSettings(rounds=240, n_envs=48, memory=120, epochs=4)
+        default_factory=lambda: HindsightSettings(rounds=240, memory=60, epochs=1)
     )
-    width: int = 32
+    final_learning_rate: float = 0.1
+    width: int = 64
     tau: float = 0.05
     rates: tuple[float, float] = (0.3, 1.2)
+    as_profiled: float = 0.5
     speed: float = 2.5
-    bandwidth: tuple[float, float] = (0.1, 2.0)
+    mixture: Mixture = field(default_factory=Mixture)
     strengths: tuple[float, ...] = (0.25, 0.5, 0.75)
     validate_every: int = 24
-    validation_envs: int = 12
-    validation_intervals: int = 50
+    validation_envs: int = 96
+    validation_intervals: int = 60
     seed: int = 0
 
 
@@ -109,29 +112,20 @@ def scaled(profile: Profile, factors: Sequence[float]) -> Profile:
     return profile.with_changes(nodes=tuple(nodes))
 
 
-def with_bandwidth(scenario: Scenario, factors: Sequence[float]) -> Scenario:
-    """The scenario with hop h `factors[h]` x as fast."""
-    hops = (
-        replace(hop, bandwidth=hop.bandwidth.scaled(factor))
-        for hop, factor in zip(scenario.hops, factors, strict=True)
-    )
-    return scenario.replace(hops=tuple(hops))
-
-
 def train_for_all(
     profiles: Sequence[Profile],
-    scenarios: Sequence[Scenario],
-    validation: Sequence[CostModel],
+    scenario: Scenario,
+    validation: Sequence[Profile],
     settings: ScoringSettings,
     report: Report = lambda done, total, ratio: None,
     keep: Callable[[ScoringPolicy], None] = lambda policy: None,
 ) -> ScoringPolicy:
-    """Train on these models and conditions; the weights that validate best are returned.
+    """Train on these models; the weights that validate best are returned.
 
     Args:
-        profiles: Of the models trained on.
-        scenarios: Conditions trained on; each round draws one of each.
-        validation: Systems the weights are chosen on.
+        profiles: Of the models trained on; a round draws one of them.
+        scenario: Nodes, hops, cost and interval; the mixture varies its conditions.
+        validation: Profiles of the models that the weights are chosen on.
         settings: How.
         report: Called after every round.
         keep: Called with the weights whenever they validate better than all before.
@@ -140,13 +134,19 @@ def train_for_all(
     torch.set_num_threads(1)
     rng = np.random.default_rng([settings.seed, 5])
     lessons, rounds = settings.hindsight, settings.hindsight.rounds
-    encoder = PlanEncoder(CostModel(profiles[0], scenarios[0]))
+    encoder = PlanEncoder(CostModel(profiles[0], scenario))
     scorer = Scorer(encoder.view_size, encoder.n_plan_features, settings.width, settings.tau)
     learner = Learner(list(scorer.parameters()), scorer, lessons, settings.seed)
-    fractions = np.linspace(*settings.rates, settings.validation_envs)
     simulators = {
-        str(i): Simulator(m, len(fractions), VALIDATION_SEED, rate_rps=fractions * m.capacity_rps)
-        for i, m in enumerate(validation)
+        f"{profile.spec.name} {part}": simulator
+        for profile in validation
+        for part, simulator in own_and_varied(
+            CostModel(profile, scenario),
+            settings.mixture,
+            settings.rates,
+            settings.validation_envs,
+            VALIDATION_SEED,
+        ).items()
     }
     judge = Judge(simulators, VALIDATION_SEED, settings.validation_intervals)
 
@@ -161,26 +161,25 @@ def train_for_all(
             scorer.arrays(),
             {
                 "models": [p.spec.name for p in profiles],
-                "interval_s": scenarios[0].interval_s,
+                "interval_s": scenario.interval_s,
                 "training": asdict(settings),
                 "validation_cost_ratio_to_solver": list(history),
             },
         )
 
     best, ratio = policy(), 1.0
-    low, high = np.log(settings.bandwidth)
     for done in range(1, rounds + 1):
         shuffled = shuffled or rng.permutation(len(profiles)).tolist()
-        factors = settings.speed ** rng.uniform(-1.0, 1.0, profiles[0].n_nodes)
-        profile = scaled(profiles[shuffled.pop()], factors.tolist())
-        hops = np.exp(rng.uniform(low, high, profile.n_nodes - 1))
-        scenario = with_bandwidth(scenarios[int(rng.integers(len(scenarios)))], hops.tolist())
+        profile = profiles[shuffled.pop()]
+        if rng.random() >= settings.as_profiled:
+            factors = settings.speed ** rng.uniform(-1.0, 1.0, profile.n_nodes)
+            profile = scaled(profile, factors.tolist())
         model = CostModel(profile, scenario)
-        rate = rng.uniform(*settings.rates, lessons.n_envs) * model.capacity_rps
-        actor = ScoringActor(model, scorer.arrays())
-        seed = int(rng.integers(2**62))
-        conditions = Conditions(model.scenario, rate, seed)
-        learner.learn(gather_lessons(model, actor, conditions, seed, lessons))
+        system, seed = settings.mixture.system(model), int(rng.integers(2**62))
+        conditions = MixedConditions(model, settings.mixture, settings.rates, lessons.n_envs, seed)
+        actor = ScoringActor(system, scorer.arrays())
+        learner.slow_down(1.0 - (1.0 - settings.final_learning_rate) * done / rounds)
+        learner.learn(gather_lessons(system, actor, conditions, seed, lessons))
         if done % settings.validate_every == 0 or done == rounds:
             ratio = judged(scorer.arrays())
             history.append((done, ratio))

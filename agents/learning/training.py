@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,9 @@ from agents.arms.runtime import Checkpoint, PolicyController
 from agents.learning.hindsight import HindsightSettings, learn_from_hindsight
 from agents.learning.policy import ResidualSolverPolicy, export_arrays, policy_kwargs
 from agents.learning.resume import ResumePoint
-from agents.learning.validation import Judge, overall, rank
+from agents.learning.validation import Judge, overall, own_and_varied, rank
 from env.mixture import MixedConditions, Mixture
 from env.predict import CostModel
-from env.simulator import Simulator
 from env.vector import SimulatorVecEnv
 
 __all__ = ["TrainingResult", "TrainingSettings", "judge", "train_policy"]
@@ -228,14 +227,9 @@ def judge(model: CostModel, settings: TrainingSettings, seed: int = VALIDATION_S
         settings: How they are trained: `validation_envs` of each kind, at the `rates`.
         seed: Names the conditions; what is not the default's has chosen no weights.
     """
-    count = settings.validation_envs
-    rates = np.linspace(*settings.rates, count) * model.capacity_rps
-    varied = replace(settings.mixture, own_share=0.0)
-    conditions = MixedConditions(model, varied, settings.rates, count, seed)
-    simulators = {
-        "own": Simulator(model, count, seed, rate_rps=rates),
-        "varied": Simulator(varied.system(model), count, seed, conditions=conditions),
-    }
+    simulators = own_and_varied(
+        model, settings.mixture, settings.rates, settings.validation_envs, seed
+    )
     return Judge(simulators, seed, min(100, model.scenario.steps_per_episode))
 
 

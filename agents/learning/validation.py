@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from agents.arms.controllers import Controller, Solver
 from env.cost import Cost
+from env.mixture import MixedConditions, Mixture
+from env.predict import CostModel
 from env.simulator import Simulator
 
-__all__ = ["Judge", "mean_cost", "overall", "rank"]
+__all__ = ["Judge", "mean_cost", "overall", "own_and_varied", "rank"]
 
 F64 = NDArray[np.float64]
 
@@ -30,6 +33,27 @@ def mean_cost(controller: Controller, simulator: Simulator, seed: int, steps: in
         total += cost(last.record, simulator.n_ref)
     total += cost(simulator.drain(), simulator.n_ref)
     return total / steps
+
+
+def own_and_varied(
+    model: CostModel, mixture: Mixture, rates: tuple[float, float], count: int, seed: int
+) -> dict[str, Simulator]:
+    """What a policy trained on a mixture is judged on: the scenario's own conditions, and others.
+
+    Args:
+        model: What it decides for.
+        mixture: Of the training; its varied conditions are drawn anew.
+        rates: Arrival rates, as fractions of the best static plan's capacity.
+        count: Environments of each kind.
+        seed: Names the conditions.
+    """
+    spread = np.linspace(*rates, count) * model.capacity_rps
+    varied = replace(mixture, own_share=0.0)
+    conditions = MixedConditions(model, varied, rates, count, seed)
+    return {
+        "own": Simulator(model, count, seed, rate_rps=spread),
+        "varied": Simulator(varied.system(model), count, seed, conditions=conditions),
+    }
 
 
 class Judge:
