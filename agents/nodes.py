@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 
 Report = Callable[[str, int, int], None]
 INPUT_POOL = 8
+LEAST_SPREAD = 2.0  # longest stage over shortest, for a start to be told from a scale
 
 
 def random_inputs(
@@ -101,9 +102,9 @@ def calibrate(
 ) -> Profile:
     """Fit what the profile cannot see, from a few requests run one at a time on idle nodes.
 
-    Fits, per node, a scale of its unit times (caches are colder than in the profile's repeated
-    passes); and from what is left of the latencies an overhead per stage and one per frame: least
-    squares over which stages and hops each plan used, not below 0.
+    Fits, per node, a scale of its unit times and a start that every stage takes (`fit_stages`); and
+    from what is left of the latencies a further overhead per stage and one per frame: least squares
+    over which stages and hops each plan used, not below 0.
     """
     source = random_inputs(profile.spec.input_shape)
     records: list[RequestRecord] = []
@@ -121,7 +122,7 @@ def fit_calibration(profile: Profile, records: Sequence[RequestRecord]) -> Profi
     cuts = np.array([r.plan for r in records], dtype=np.int64)
     # On idle nodes the wall time of a stage is its work, and what it will take again.
     stages_s = np.array([r.stage_s for r in records])
-    profile = rescale_nodes(profile, cuts, stages_s)
+    profile = fit_stages(profile, cuts, stages_s)
     table = PlanTable(profile, [Plan(r.plan) for r in records])
     n_nodes = profile.n_nodes
     used = (table.work_s > 0).astype(np.float64)
@@ -133,7 +134,8 @@ def fit_calibration(profile: Profile, records: Sequence[RequestRecord]) -> Profi
     design = np.concatenate([used, table.crossed], axis=1)
     fitted = np.maximum(np.linalg.lstsq(design, rest, rcond=None)[0], 0.0)
     nodes = tuple(
-        replace(node, stage_overhead_s=float(fitted[k])) for k, node in enumerate(profile.nodes)
+        replace(node, stage_overhead_s=node.stage_overhead_s + float(fitted[k]))
+        for k, node in enumerate(profile.nodes)
     )
     hops = tuple(
         replace(hop, frame_overhead_s=float(fitted[n_nodes + h]))
@@ -142,10 +144,12 @@ def fit_calibration(profile: Profile, records: Sequence[RequestRecord]) -> Profi
     return profile.with_changes(nodes=nodes, hops=hops)
 
 
-def rescale_nodes(
-    profile: Profile, cuts: NDArray[np.int64], work_s: NDArray[np.float64]
-) -> Profile:
-    """Scale each node's unit times to the work its stages were measured to take.
+def fit_stages(profile: Profile, cuts: NDArray[np.int64], work_s: NDArray[np.float64]) -> Profile:
+    """Fit each node's unit times and stage overhead to the work its stages were measured to take.
+
+    A stage takes the sum of its units, scaled, and a time that does not depend on them: units one
+    by one are timed with warm caches and a call each, a stage starts cold and calls once. Least
+    squares of the relative errors, neither below 0; the scale alone where stages hardly differ.
 
     Args:
         profile: The profile to correct.
@@ -155,12 +159,27 @@ def rescale_nodes(
     table = PlanTable(profile, [Plan(tuple(map(int, row))) for row in cuts])
     nodes = []
     for k, node in enumerate(profile.nodes):
-        expected = table.work_s[:, k] - node.stage_overhead_s - table.convert_s[:, k]
-        ran = (expected > 0) & table.runs[:, k]
-        units_s = work_s[ran, k] - table.convert_s[ran, k]
-        scale = float(np.median(units_s / expected[ran])) if ran.any() else 1.0
-        nodes.append(replace(node, unit_s=tuple(scale * t for t in node.unit_s)))
+        units_s = table.work_s[:, k] - node.stage_overhead_s - table.convert_s[:, k]
+        took_s = work_s[:, k] - table.convert_s[:, k]
+        fits = (units_s > 0) & (took_s > 0) & table.runs[:, k]
+        scale, start_s = _line(units_s[fits], took_s[fits])
+        unit_s = tuple(scale * t for t in node.unit_s)
+        nodes.append(replace(node, unit_s=unit_s, stage_overhead_s=start_s))
     return profile.with_changes(nodes=tuple(nodes))
+
+
+def _line(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[float, float]:
+    """(slope, intercept), neither below 0, of least relative error; all x and y are positive."""
+    if not len(x):
+        return 1.0, 0.0
+    through_origin = float(np.median(y / x))
+    if x.max() < LEAST_SPREAD * x.min():
+        return through_origin, 0.0
+    relative = np.stack([x / y, 1.0 / y], axis=1)
+    slope, intercept = np.linalg.lstsq(relative, np.ones(len(x)), rcond=None)[0]
+    if slope <= 0.0 or intercept <= 0.0:
+        return through_origin, 0.0
+    return float(slope), float(intercept)
 
 
 @contextmanager

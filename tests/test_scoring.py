@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from agents.arms.controllers import Solver
+from agents.arms.lookahead import Lookahead
 from agents.arms.scoring import PlanEncoder, ScoringActor, ScoringPolicy, scoring_controller
 from agents.learning.hindsight import HindsightSettings
 from agents.learning.scoring_training import (
@@ -92,6 +93,18 @@ def test_untrained_it_is_the_solver(model: CostModel) -> None:
         simulator = Simulator(model, 8, 5, rate_rps=0.8 * model.capacity_rps)
         costs.append(mean_cost(arm, simulator, 5, 20))
     assert np.array_equal(costs[0], costs[1])
+
+
+def test_it_looks_as_far_ahead_as_it_is_told(model: CostModel) -> None:
+    policy = ScoringPolicy(moved_scorer(model).arrays(), {})
+    _, state = states(model, 40)
+    plans = []
+    for ahead in (None, Lookahead(weight=0.0), Lookahead(weight=5.0)):
+        controller = scoring_controller(policy, ahead)
+        controller.reset(model, 40)
+        plans.append(controller.decide(state).cuts)
+    assert np.array_equal(plans[0], plans[1]), "what costs nothing must change nothing"
+    assert (plans[0] != plans[2]).any(), "full queues must count"
 
 
 def test_features_are_finite_and_say_what_they_claim(model: CostModel) -> None:
