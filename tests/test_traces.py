@@ -286,6 +286,14 @@ def test_a_generator_is_its_parameters_scaled():
         Process("generator", name="x")
 
 
+@pytest.mark.parametrize("name", [None, "lte"])
+def test_a_process_can_be_made_slower_or_faster(name):
+    for hop, factor in zip(Scenario.load(name).hops, (0.5, 2.0), strict=True):
+        scaled = hop.bandwidth.scaled(factor)
+        assert process_mean(scaled) == pytest.approx(factor * process_mean(hop.bandwidth))
+        assert scaled.maximum == pytest.approx(factor * hop.bandwidth.maximum)
+
+
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_shipped_scenarios_run(name):
     scenario = Scenario.load(name)
