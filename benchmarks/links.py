@@ -27,10 +27,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from agents.cli import numbers
+from env.scenario import Probing
 from executor.arguments import Parser
 from executor.errors import SplitpilotError
 from executor.files import write_json
@@ -260,10 +262,13 @@ def check(isolation: str, rates: Sequence[float], tell: Callable[[str], object])
 
 # What nodes take a hop for.
 
-TRACE_MBPS = (40.0, 10.0, 60.0, 20.0, 5.0, 40.0)
+# What a hop plays, by what it is measured by.
+TRACES_MBPS = {
+    "frames": (40.0, 10.0, 60.0, 20.0, 5.0, 40.0),
+    "probes": (40.0, 10.0, 60.0, 2.0, 0.5, 5.0, 40.0),
+}
 TRACE_STEP_S = 4.0
 WITHIN = 0.1
-PROBE_BYTES = 65536
 
 
 def small_model() -> Any:
@@ -279,14 +284,16 @@ def estimates(isolation: str, by: str) -> dict[str, Any]:
 
     Args:
         isolation: As `Testbed` takes it.
-        by: "frames": production frames, two in flight; "probes": one of 64 KiB a second.
+        by: "frames": production frames, two in flight; "probes": one a second, as large as what
+            is known of the hop asks for (`env.scenario.Probing`).
     """
     from executor.model import sample_input
     from executor.plan import Plan
     from executor.testbed import Testbed, TestbedNode
 
     nodes = (TestbedNode("edge", 1.0, "pi4"), TestbedNode("cloud", 1.0, "server"))
-    hops = (TestbedHop(TRACE_MBPS[0], 0.005),)
+    trace, probing = TRACES_MBPS[by], Probing()
+    hops = (TestbedHop(trace[0], 0.005),)
     model = f"{Path(__file__).resolve()}:small_model"
     x, plan = sample_input(0), Plan((0,))
     seen: list[tuple[float, float]] = []
@@ -296,8 +303,8 @@ def estimates(isolation: str, by: str) -> dict[str, Any]:
     ):
         client.submit(x, plan).result()
         t0_s = time.monotonic() + 1.0
-        end_s = t0_s + TRACE_STEP_S * len(TRACE_MBPS)
-        testbed.play_rate(0, t0_s, TRACE_STEP_S, TRACE_MBPS)
+        end_s = t0_s + TRACE_STEP_S * len(trace)
+        testbed.play_rate(0, t0_s, TRACE_STEP_S, trace)
 
         def work() -> None:
             flight = [client.submit(x, plan) for _ in range(2)] if by == "frames" else []
@@ -307,7 +314,8 @@ def estimates(isolation: str, by: str) -> dict[str, Any]:
                     flight.append(client.submit(x, plan))
                 else:
                     begun_s = time.monotonic()
-                    client.probe(0, PROBE_BYTES, 1)
+                    known = client.status()[0].hop_bytes_per_s or trace[0] * BYTES_PER_MBIT
+                    client.probe(0, int(probing.size_bytes(np.array(known))), 1)
                     time.sleep(max(0.0, begun_s + 1.0 - time.monotonic()))
             for future in flight:
                 future.result()
@@ -321,7 +329,7 @@ def estimates(isolation: str, by: str) -> dict[str, Any]:
             time.sleep(0.02)
         worker.join(TIMEOUT_S)
     settled, settle_s = [], []
-    for k, mbps in enumerate(TRACE_MBPS):
+    for k, mbps in enumerate(trace):
         begin_s = t0_s + k * TRACE_STEP_S
         step = [(t - begin_s, e / mbps - 1) for t, e in seen if 0 <= t - begin_s < TRACE_STEP_S]
         settled += [off for t, off in step if t >= TRACE_STEP_S / 2]
@@ -353,7 +361,7 @@ def show_rows(rows: list[Row], title: str) -> Table:
 
 
 def show_estimates(found: list[dict[str, Any]]) -> Table:
-    table = Table(title=f"estimate of a hop that plays {', '.join(map(str, TRACE_MBPS))} Mbit/s")
+    table = Table(title="a node's estimate of its hop")
     for name in ("isolation", "by", "bias", "off, p50", "off, p90", f"s until within {WITHIN:.0%}"):
         table.add_column(name)
     for f in found:

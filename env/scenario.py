@@ -12,8 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from env.generators import generator
 from executor.errors import ConfigError
+from executor.link import MIN_PROBE_BYTES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -176,16 +180,42 @@ class CostWeights:
 class Probing:
     """Active probes of a hop that carried no frame large enough to measure.
 
+    A probe is as large as takes `transmit_s` at the bandwidth last measured: as accurate on a slow
+    hop as on a fast one, and never long in the way of what serves requests.
+
     Attributes:
         idle_s: A hop whose bandwidth was last measured longer ago is probed.
-        payload_bytes: Size of such a probe.
+        transmit_s: What a probe should take.
+        least_bytes: Its least size.
+        payload_bytes: Its largest size, and that of the first, before a hop is known.
         paper_bytes: What one two-point probe of the reference's controller sends per hop (its
             payload sizes are not stated there: 3 x (1 KiB + 64 KiB)).
     """
 
     idle_s: float = 3.0
+    transmit_s: float = 0.02
+    least_bytes: int = 4096
     payload_bytes: int = 65536
     paper_bytes: int = 3 * (1024 + 65536)
+
+    def __post_init__(self) -> None:
+        if not (self.idle_s > 0 and self.transmit_s > 0):
+            raise ConfigError(
+                f"idle_s and transmit_s of probing must be positive, got {self.idle_s} and "
+                f"{self.transmit_s}"
+            )
+        if not MIN_PROBE_BYTES <= self.least_bytes <= self.payload_bytes:
+            raise ConfigError(
+                f"probing needs {MIN_PROBE_BYTES} <= least_bytes <= payload_bytes, got "
+                f"{self.least_bytes} and {self.payload_bytes}"
+            )
+
+    def size_bytes(self, bytes_per_s: NDArray[np.float64]) -> NDArray[np.float64]:
+        """How large a probe of a hop last measured at `bytes_per_s` is (any shape)."""
+        sizes: NDArray[np.float64] = np.clip(
+            np.rint(bytes_per_s * self.transmit_s), self.least_bytes, self.payload_bytes
+        )
+        return sizes
 
 
 @dataclass(frozen=True)

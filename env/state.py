@@ -159,5 +159,6 @@ class Encoder:
 def idle_probes(state: SystemState, scenario: Scenario) -> F64:
     """Bytes to probe each hop with, [B, H]: where no frame measured it for `probing.idle_s`."""
     probing = scenario.probing
-    bytes_: F64 = np.where(state.bandwidth_age_s > probing.idle_s, probing.payload_bytes, 0.0)
+    idle = state.bandwidth_age_s > probing.idle_s
+    bytes_: F64 = np.where(idle, probing.size_bytes(state.bytes_per_s), 0.0)
     return bytes_

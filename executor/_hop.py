@@ -76,7 +76,8 @@ class Hop:
         self._seq = 0
         # In the order of sending: the first `_handed` have been sent, the rest waits in the outbox.
         self._handed = 0
-        self._unacked: collections.deque[tuple[Key, int, float]] = collections.deque()
+        # Key, body bytes, when sent, whether it is a ping.
+        self._unacked: collections.deque[tuple[Key, int, float, bool]] = collections.deque()
         self._moved_s = float("-inf")
         self._heard_s = float("-inf")
         self._ticked_s = self._awake_s = float("-inf")
@@ -95,7 +96,7 @@ class Hop:
     @property
     def backlog_frames(self) -> int:
         """Requests handed to the hop and not acknowledged."""
-        return sum(1 for _, n_bytes, _ in self._unacked if n_bytes)
+        return sum(1 for _, n_bytes, *_ in self._unacked if n_bytes)
 
     @property
     def expects(self) -> bool:
@@ -122,8 +123,9 @@ class Hop:
             self.outbox.add_request(header, parts, until_s)
         else:
             self.outbox.append(parts, header)
-        self._unacked.append((_key(header), header.body_bytes, now_s))
-        self.rate.on_sent(header.body_bytes, now_s)
+        ping = header.kind is Kind.PING
+        self._unacked.append((_key(header), header.body_bytes, now_s, ping))
+        self.rate.on_sent(header.body_bytes, now_s, probe=ping)
 
     def forward(self, header: Header, body: memoryview | None) -> None:
         """Queue a message that nobody acknowledges (control frames).
@@ -176,8 +178,8 @@ class Hop:
     def _recount(self) -> None:
         """Give the estimator the order in which acknowledgements will come."""
         self.rate.on_lost()
-        for _, n_bytes, sent_s in self._unacked:
-            self.rate.on_sent(n_bytes, sent_s)
+        for _, n_bytes, sent_s, ping in self._unacked:
+            self.rate.on_sent(n_bytes, sent_s, probe=ping)
 
     def on_ack(self, header: Header, now_s: float) -> None:
         """Take an ACK or PONG: the neighbour has the frame, and all frames before it.

@@ -16,9 +16,10 @@ from statistics import fmean
 from executor.errors import ConfigError
 from executor.profile import HopModel
 
-__all__ = ["ClockOffset", "HopEstimate", "PassiveEstimator", "two_point"]
+__all__ = ["MIN_PROBE_BYTES", "ClockOffset", "HopEstimate", "PassiveEstimator", "two_point"]
 
 MIN_FRAME_BYTES = 16 * 1024
+MIN_PROBE_BYTES = 4096
 PING_PERIOD_S = 0.5
 RTT_WINDOW_S = 10.0
 MIN_SERVICE_S = 1e-6
@@ -85,7 +86,8 @@ class PassiveEstimator:
     Frames arrive in the order they were sent and each is acknowledged once, so the hop is a serial
     server: a frame's service starts when it reaches the link or when the frame before it has been
     received, whichever is later, and ends when it has been received. Bandwidth is bytes over
-    service of the last second; small frames, whose service is mostly overhead, do not count.
+    service of the last second; small frames, whose service is mostly overhead, do not count, but
+    for probes, which are small on a slow hop.
 
     One thread reports frames; `backlog_s` may be asked from another.
     """
@@ -93,17 +95,18 @@ class PassiveEstimator:
     def __init__(self, window_s: float = 1.0, min_frame_bytes: int = MIN_FRAME_BYTES) -> None:
         self._window_s = window_s
         self._min_frame_bytes = min_frame_bytes
-        self._in_flight: deque[tuple[int, float]] = deque()  # bytes, sent
+        self._in_flight: deque[tuple[int, float, bool]] = deque()  # bytes, sent, does it count
         self._services: deque[tuple[float, int, float]] = deque()  # received, bytes, service
         self._returns: deque[tuple[float, float]] = deque()  # acknowledged, return delay
         self._last_received_s = -math.inf
         self._lock = threading.Lock()
         self.unacked_bytes = 0
 
-    def on_sent(self, frame_bytes: int, now_s: float) -> None:
-        """A frame was handed to the hop's socket."""
+    def on_sent(self, frame_bytes: int, now_s: float, *, probe: bool = False) -> None:
+        """A frame, or a probe, was handed to the hop's socket."""
+        counts = frame_bytes >= (MIN_PROBE_BYTES if probe else self._min_frame_bytes)
         with self._lock:
-            self._in_flight.append((frame_bytes, now_s))
+            self._in_flight.append((frame_bytes, now_s, counts))
             self.unacked_bytes += frame_bytes
 
     def on_ack(self, received_s: float, now_s: float, held_s: float = 0.0) -> None:
@@ -121,12 +124,12 @@ class PassiveEstimator:
     def _take_ack(self, received_s: float, now_s: float, held_s: float) -> None:
         if not self._in_flight:
             return
-        frame_bytes, sent_s = self._in_flight.popleft()
+        frame_bytes, sent_s, counts = self._in_flight.popleft()
         self.unacked_bytes -= frame_bytes
         self._note_return(max(0.0, now_s - held_s - received_s), now_s)
         service_s = received_s - self._service_start_s(sent_s)
         self._last_received_s = max(self._last_received_s, received_s)
-        if frame_bytes < self._min_frame_bytes or service_s < MIN_SERVICE_S:
+        if not counts or service_s < MIN_SERVICE_S:
             return
         self._services.append((received_s, frame_bytes, service_s))
         while self._services[0][0] < received_s - self._window_s:
@@ -163,10 +166,10 @@ class PassiveEstimator:
             rate = total_bytes / sum(service for _, _, service in self._services)
             estimate = HopEstimate(rate, max(0.0, now_s - self._services[-1][0]))
         if self._in_flight and estimate:
-            frame_bytes, sent_s = self._in_flight[0]
+            frame_bytes, sent_s, counts = self._in_flight[0]
             seen_until_s = now_s - (self.rtt_s or 0.0) / 2.0
             elapsed_s = seen_until_s - self._service_start_s(sent_s)
-            if frame_bytes >= self._min_frame_bytes and elapsed_s > 0:
+            if counts and elapsed_s > 0:
                 bound = frame_bytes / elapsed_s
                 if bound < estimate.bytes_per_s:
                     estimate = HopEstimate(bound, 0.0)

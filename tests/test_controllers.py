@@ -18,7 +18,7 @@ from agents.arms.controllers import (
 )
 from agents.arms.oracle import PlanSequence
 from env.predict import CostModel
-from env.scenario import Scenario
+from env.scenario import Probing, Scenario
 from env.simulator import Simulator
 from env.state import idle_probes
 from env.synthetic import synthetic_profile
@@ -81,6 +81,33 @@ def test_solver_takes_the_cheapest_prediction_and_probes_idle_hops(model):
     assert decision.cuts[1, 1] == n and decision.cuts[1, 0] < n
     np.testing.assert_array_equal(decision.probe_bytes, idle_probes(state, model.scenario))
     assert (decision.probe_bytes[:, 1] > 0).tolist() == [True, False, True]
+
+
+def test_a_probe_takes_as_long_on_a_slow_hop_as_on_a_fast_one(model):
+    state = Simulator(model, 1, 0).reset(0).take(np.zeros(5, dtype=np.int64))
+    state.bytes_per_s = np.array([[1e3], [3e5], [1e6], [1e8], [1e6]]) * [1.0, 2.0]
+    state.bandwidth_age_s[:] = [[9.0, 3.1], [9.0, 0.0], [9.0, 9.0], [9.0, 9.0], [2.9, 9.0]]
+    probing = Probing(idle_s=3.0, transmit_s=0.02, least_bytes=4096, payload_bytes=65536)
+    probes = idle_probes(state, model.scenario.replace(probing=probing))
+    least, most = 4096.0, 65536.0
+    assert probes.tolist() == [
+        [least, least], [6e3, 0.0], [2e4, 4e4], [most, most], [0.0, 4e4],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"idle_s": 0.0}, "must be positive, got 0.0 and 0.02"),
+        ({"transmit_s": -1.0}, "must be positive, got 3.0 and -1.0"),
+        ({"transmit_s": float("nan")}, "must be positive"),
+        ({"least_bytes": 1024}, "4096 <= least_bytes <= payload_bytes, got 1024 and 65536"),
+        ({"payload_bytes": 2048}, "4096 <= least_bytes <= payload_bytes, got 4096 and 2048"),
+    ],
+)
+def test_probing_that_measures_nothing_is_refused(wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        Probing(**wrong)
 
 
 def test_solver_avoids_a_backlogged_tier(model):

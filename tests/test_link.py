@@ -104,6 +104,29 @@ def test_waiting_behind_other_frames_is_not_service():
     assert hop.estimator.estimate(end_s + 2.0).age_s == pytest.approx(2.01, rel=1e-3)
 
 
+def test_a_small_frame_measures_nothing_and_a_probe_of_that_size_does():
+    estimator = PassiveEstimator()
+    for sent_s, size, probe in ((1.0, 5000, False), (2.0, 1000, True), (3.0, 5000, True)):
+        assert estimator.estimate(sent_s) is None
+        estimator.on_sent(size, sent_s, probe=probe)
+        estimator.on_ack(sent_s + 0.02, sent_s + 0.02)
+    assert estimator.estimate(3.02).bytes_per_s == pytest.approx(250_000)
+    estimator.on_sent(5000, 4.0, probe=True)  # overdue, so the hop is slower than this
+    assert estimator.estimate(5.0).bytes_per_s == pytest.approx(5000)
+
+
+def test_a_hop_measures_by_its_own_probes():
+    hop = Hop(b"me" * 8)
+    for at_s, size in ((1.0, 0), (2.0, 5000)):  # a ping, and a probe
+        run = ProbeRun(Header(Kind.PROBE), size, 1)
+        assert hop.probe(run, at_s) and hop.backlog_bytes == size
+        pong = Header(
+            Kind.PONG, client=b"me" * 8, seq=run.seq, clock_s=(at_s, at_s + 0.02, at_s + 0.02)
+        )
+        assert hop.on_pong(pong, at_s + 0.02) is run
+    assert hop.rate.estimate(2.02).bytes_per_s == pytest.approx(250_000)
+
+
 def test_the_window_forgets_the_old_rate():
     hop = SerialHop(1e6, 0.0)
     end_s = hop.play([(1.0, LARGE)])
