@@ -12,10 +12,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from agents.arms.policy_all import load_base
 from agents.cli import (
     CHECKPOINTS,
     MODEL_HELP,
     Parser,
+    add_base_argument,
     add_transfer_argument,
     load_profile,
     model_argument,
@@ -44,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         help="train on this saved profile (checkpoints/MODEL/profile.json) in the simulator alone: "
         "no nodes, no fine-tuning",
     )
+    add_base_argument(parser)
     parser.add_argument("--rounds", type=int, default=24, help="rounds of hindsight before PPO")
     parser.add_argument("--steps", type=positive_int, help="steps of PPO (default: 150,000)")
     parser.add_argument("--online-steps", type=int, default=40, help="intervals on the nodes")
@@ -74,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.profile is not None:
         instead = "the profile says it"
     testbed = args.cluster is None and args.profile is None
+    base = load_base(args.base, scenario)
     pipeline = Pipeline(
         model_name=args.model,
         scenario=scenario,
@@ -88,6 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         live_intervals=args.live_intervals,
         resume=args.resume,
         profile=load_profile(args.profile, args.model, scenario) if args.profile else None,
+        base=base,
     )
     pipeline.run()
     return 0

@@ -24,6 +24,7 @@ __all__ = [
     "CHECKPOINTS",
     "MODEL_HELP",
     "Parser",
+    "add_base_argument",
     "add_transfer_argument",
     "load_profile",
     "model_argument",
@@ -64,6 +65,16 @@ def load_profile(path: Path, model: str, scenario: Scenario) -> Profile:
             f"profile {path} has {profile.n_nodes} nodes, the scenario {scenario.n_nodes}"
         )
     return profile
+
+
+def add_base_argument(parser: argparse.ArgumentParser) -> None:
+    """--base, of commands that train a model's own policy (`agents.arms.policy_all.load_base`)."""
+    parser.add_argument(
+        "--base",
+        metavar="DIR",
+        help="start from this policy for all models (agents.train_all), or from the solver: none "
+        "(default: checkpoints/all on three nodes, else none)",
+    )
 
 
 def positive_float(text: str) -> float:

@@ -24,9 +24,9 @@ from torch.utils.tensorboard.writer import SummaryWriter
 
 from agents.arms.controllers import ArmContext, Controller, Decision, Glancing, make_arm
 from agents.arms.guard import GuardedController
+from agents.arms.policy_all import ScoringPolicy
 from agents.arms.recalibrated import Recalibrated
 from agents.arms.runtime import Checkpoint
-from agents.arms.scoring import ScoringPolicy
 from agents.cli import (
     CHECKPOINTS,
     MODEL_HELP,

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from agents.arms.controllers import ArmContext, make_arm
 from agents.arms.runtime import Checkpoint
+from agents.arms.scoring import digest
 from agents.cli import progress
 from agents.learning.finetuning import FinetuneSettings
 from agents.learning.online import finetune
@@ -57,6 +60,7 @@ class Pipeline:
         transfers: Per hop of the testbed, the form activations cross it in; float32 if empty.
         profile: Train on this profile in the simulator alone: no nodes are started, profiled,
             fine-tuned on or measured.
+        base: Arrays of the policy for all models to start from; empty to start from the solver.
     """
 
     model_name: str
@@ -72,6 +76,7 @@ class Pipeline:
     resume: bool = False
     transfers: tuple[str, ...] = ()
     profile: Profile | None = None
+    base: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     console: Console = field(default_factory=Console)
 
     def run(self) -> Checkpoint:
@@ -116,6 +121,8 @@ class Pipeline:
             f"{edge.latency_s * 1e3:.0f} ms, {edge.edge_j:.2f} J; {len(model.plans)} candidate "
             f"plans; best static capacity {model.capacity_rps:.1f} requests/s"
         )
+        start = "the policy for all models" if self.base else "the solver"
+        self.console.print(f"training starts from {start}")
 
     def _resume_point(self) -> ResumePoint:
         """Where this training can be resumed; what was saved is loaded if that is wanted."""
@@ -125,6 +132,7 @@ class Pipeline:
             self.scenario,
             {
                 "training": asdict(self.training),
+                "base": digest(self.base),
                 "nodes": self._nodes(),
                 "weights": self.weights,
                 **({"transfers": list(self.transfers)} if self.transfers else {}),
@@ -177,7 +185,7 @@ class Pipeline:
                 note = f"cost {best:.3f} x the solver's" if best < float("inf") else ""
                 bar.update(tasks[phase], completed=done, total=total, note=note)
 
-            result = train_policy(model, self.training, self.log_dir, report, point)
+            result = train_policy(model, self.training, self.log_dir, report, point, self.base)
         self._ppo = result.ppo
         policy = result.ppo.policy
         assert isinstance(policy, ResidualSolverPolicy)

@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from agents.arms.policy_all import load_base
 from agents.arms.runtime import PolicyController
 from agents.cli import (
     CHECKPOINTS,
     MODEL_HELP,
     Parser,
+    add_base_argument,
     load_profile,
     model_argument,
     positive_int,
@@ -48,10 +51,11 @@ class _Training:
     profile: Profile
     scenario: Scenario
     settings: TrainingSettings
+    base: dict[str, NDArray[np.float32]]
 
     def run(self) -> dict[str, Any]:
         model = CostModel(self.profile, self.scenario)
-        checkpoint = train_policy(model, self.settings).checkpoint
+        checkpoint = train_policy(model, self.settings, base=self.base).checkpoint
         training = checkpoint.metadata["training"]
         return {
             "seed": self.settings.seed,
@@ -73,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--scenario", type=Path, help="scenario file (default: the shipped one)")
     add("--seeds", type=positive_int, default=4, help="trainings")
     add("--first-seed", type=int, default=0)
+    add_base_argument(parser)
     add("--rounds", type=positive_int, default=24, help="rounds of hindsight before PPO")
     add("--steps", type=positive_int, help="steps of PPO (default: 150,000)")
     add("--workers", default="1", metavar="N", help=WORKERS_HELP)
@@ -86,7 +91,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.steps:
         settings = replace(settings, steps=args.steps)
     seeds = range(args.first_seed, args.first_seed + args.seeds)
-    tasks = [_Training(profile, scenario, replace(settings, seed=seed)) for seed in seeds]
+    base = load_base(args.base, scenario)
+    tasks = [_Training(profile, scenario, replace(settings, seed=s), base) for s in seeds]
     console, done = Console(), {}
     with progress(console) as bar:
         task = bar.add_task("trainings", total=len(tasks), note=f"{count} at once")

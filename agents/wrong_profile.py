@@ -166,8 +166,7 @@ class Arms:
         return CostModel(self.wrong, self.true.scenario, self.true.references)
 
     def _learning(self) -> Controller:
-        tau = float(self.told_wrong.arrays["tau"][0])
-        policy = load_policy(self.policy_zip, self._believed(), tau)
+        policy = load_policy(self.policy_zip, self._believed(), self.told_wrong.arrays)
         scenario, references = self.true.scenario, self.true.references
         # Every condition learns by itself.
         seed = self.seed + len(self.tuned)

@@ -16,8 +16,8 @@ import numpy as np
 
 from agents.arms.controllers import Controller, Solver
 from agents.arms.lookahead import Lookahead
+from agents.arms.policy_all import ScoringPolicy, scoring_controller
 from agents.arms.runtime import Checkpoint, PolicyController
-from agents.arms.scoring import ScoringPolicy, scoring_controller
 from agents.cli import CHECKPOINTS
 from agents.learning.validation import mean_cost
 from agents.paired import paired_ratio

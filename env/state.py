@@ -5,12 +5,13 @@ The simulator, the real environment and deployment all build `SystemState` and e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
 import numpy as np
 from numpy.typing import NDArray
 
-from env.predict import CostModel
+from env.predict import CostModel, Prediction
 from env.scenario import Scenario
 
 __all__ = ["HISTORY", "Encoder", "SystemState", "idle_probes"]
@@ -72,6 +73,9 @@ class SystemState:
         return len(self.arrival_rps)
 
 
+Excess = Callable[[F32, SystemState, Prediction], F32]
+
+
 class Encoder:
     """State history -> observation.
 
@@ -85,10 +89,12 @@ class Encoder:
 
     Args:
         model: The cost model whose profile and plans normalise the state.
+        excess: (history, state, prediction) -> [B, A], what each candidate costs above the
+            cheapest in the eyes of who knows better than the prediction; None: as predicted.
     """
 
-    def __init__(self, model: CostModel) -> None:
-        self.model = model
+    def __init__(self, model: CostModel, excess: Excess | None = None) -> None:
+        self.model, self._excess = model, excess
         profile, scenario = model.profile, model.scenario
         n_hops, n_nodes = len(profile.hops), profile.n_nodes
         # One row of factors per quantity: gain x log(value x factor + shift), or value x factor.
@@ -148,10 +154,13 @@ class Encoder:
 
     def observe(self, history: F32, state: SystemState) -> F32:
         """The observation, shape [B, size]; `history` already holds `state`."""
-        cost = self.model.predict(state).cost
-        cheapest = cost.min(axis=1, keepdims=True)
-        excess = np.minimum(cost - cheapest, MAX_EXCESS)
-        parts = [history, np.log(cheapest), excess]
+        prediction = self.model.predict(state)
+        cheapest = prediction.cost.min(axis=1, keepdims=True)
+        if self._excess is None:
+            excess = prediction.cost - cheapest
+        else:
+            excess = self._excess(history, state, prediction)
+        parts = [history, np.log(cheapest), np.minimum(excess, MAX_EXCESS)]
         observation: F32 = np.concatenate(parts, axis=1, dtype=np.float32, casting="same_kind")
         return observation
 

@@ -46,6 +46,7 @@ class SimulatorVecEnv(VecEnv):
         copies: So many neighbouring environments share their conditions and rate.
         conditions: Where conditions and rates come from, in place of the scenario, `rate_fraction`
             and `copies`.
+        encoder: What makes the observations; None for `Encoder(model)`.
     """
 
     def __init__(
@@ -57,9 +58,10 @@ class SimulatorVecEnv(VecEnv):
         rate_fraction: RateFraction | None = None,
         copies: int = 1,
         conditions: ConditionsSource | None = None,
+        encoder: Encoder | None = None,
     ) -> None:
         self.model = model
-        self.encoder = Encoder(model)
+        self.encoder = encoder or Encoder(model)
         self.cost = Cost(model.profile, model.references, model.scenario)
         self.copies = copies
         self._fraction = rate_fraction

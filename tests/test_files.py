@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from agents.arms.policy_all import ScoringPolicy
 from agents.arms.runtime import Checkpoint, metadata_text
-from agents.arms.scoring import ScoringPolicy
 from agents.cli import run_command
 from executor.errors import ConfigError
 from executor.files import write_atomic, write_together

@@ -16,7 +16,12 @@ from agents.arms.runtime import PolicyController
 from agents.learning.finetuning import FinetuneSettings, Learner, Lesson, Window
 from agents.learning.hindsight import HindsightSettings
 from agents.learning.online import BackgroundLearner, FineTuned, finetune
-from agents.learning.policy import ResidualSolverPolicy, load_policy, policy_kwargs
+from agents.learning.policy import (
+    ResidualSolverPolicy,
+    export_arrays,
+    load_policy,
+    policy_kwargs,
+)
 from agents.learning.training import TrainingSettings, to_checkpoint
 from agents.studies.regained import Spent, analyse, worst_window
 from env.offloading import observation_space
@@ -243,16 +248,17 @@ def test_a_checkpoints_policy_goes_on_where_it_stood(model: CostModel, tmp_path:
     ppo.learn(8)
     path = tmp_path / "policy.zip"
     ppo.save(path)
-    loaded = load_policy(path, model, 0.05)
+    arrays = export_arrays(ppo.policy)
+    loaded = load_policy(path, model, arrays)
     for name, value in ppo.policy.state_dict().items():
         assert (loaded.state_dict()[name] == value).all(), name
     env.close()
     other = CostModel(synthetic_profile(model_spec("vgg16"), model.scenario), model.scenario)
     with pytest.raises(ConfigError, match="cannot learn on"):
-        load_policy(path, other, 0.05)
+        load_policy(path, other, arrays)
     path.write_bytes(b"no archive")
     with pytest.raises(ConfigError, match="cannot learn on"):
-        load_policy(path, model, 0.05)
+        load_policy(path, model, arrays)
 
 
 def test_settings_are_checked() -> None:

@@ -11,7 +11,8 @@ import torch
 
 from agents.arms.controllers import Solver
 from agents.arms.lookahead import Lookahead
-from agents.arms.scoring import PlanEncoder, ScoringActor, ScoringPolicy, scoring_controller
+from agents.arms.policy_all import ScoringPolicy, scoring_controller
+from agents.arms.scoring import PlanEncoder, ScoringActor
 from agents.learning.hindsight import HindsightSettings
 from agents.learning.scoring_training import (
     Scorer,

@@ -270,7 +270,7 @@ def _guarded(context: ArmContext) -> Controller:
 
 def _policy_all(context: ArmContext) -> Controller:
     from agents.arms.lookahead import Lookahead
-    from agents.arms.scoring import ScoringPolicy, scoring_controller
+    from agents.arms.policy_all import ScoringPolicy, scoring_controller
     from agents.cli import CHECKPOINTS
 
     return scoring_controller(ScoringPolicy.load(CHECKPOINTS / "all"), Lookahead())

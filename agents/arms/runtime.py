@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from agents.arms.controllers import Decision
 from agents.arms.lookahead import Lookahead
+from agents.arms.scoring import SCORING_ARRAYS, ScoringActor
 from env.cost import References
 from env.predict import CostModel
 from env.state import HISTORY, Encoder, SystemState, idle_probes
@@ -35,8 +36,11 @@ __all__ = [
     "PolicyController",
     "PolicyNetwork",
     "ResidualActor",
+    "base_of",
+    "encoder_on",
     "metadata_text",
     "read_verified",
+    "with_base",
 ]
 
 log = logging.getLogger(__name__)
@@ -45,6 +49,22 @@ F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
 FORMAT_VERSION = 1
 ARRAYS = ("w1", "b1", "w2", "b2", "w3", "b3", "tau")
+BASE = "base_"
+
+
+def with_base(arrays: Mapping[str, F32], base: Mapping[str, F32]) -> dict[str, F32]:
+    """A policy's arrays with those of the policy for all models that it corrects."""
+    return {**arrays, **{BASE + name: array for name, array in base.items()}}
+
+
+def base_of(arrays: Mapping[str, F32]) -> dict[str, F32]:
+    """The base's among a policy's arrays; empty if it has none."""
+    return {k.removeprefix(BASE): array for k, array in arrays.items() if k.startswith(BASE)}
+
+
+def encoder_on(model: CostModel, base: Mapping[str, F32]) -> Encoder:
+    """The encoder for a policy that corrects `base`, or the solver where that is empty."""
+    return Encoder(model, ScoringActor(model, base).excess if base else None)
 
 
 class PolicyNetwork:
@@ -52,8 +72,12 @@ class PolicyNetwork:
 
     Args:
         arrays: From `agents.learning.policy.export_arrays`: w1 [S, h], b1, w2 [h, h], b2,
-            w3 [h, A], b3, tau [1].
-        zeroed: Leave the learned correction out (the solver remains).
+            w3 [h, A], b3, tau [1], and those of its base (`with_base`), if it has one.
+        zeroed: Leave all that was learned out (the solver remains).
+
+    Attributes:
+        base: The arrays of the policy for all models that this one corrects; empty where it
+            corrects the solver.
     """
 
     def __init__(self, arrays: dict[str, F32], zeroed: bool = False) -> None:
@@ -63,6 +87,7 @@ class PolicyNetwork:
     def load(self, arrays: dict[str, F32]) -> None:
         """Go on with other weights of the same shapes."""
         self._a = arrays
+        self.base = {} if self._zeroed else base_of(arrays)
         self._n_actions = arrays["w3"].shape[1]
         self._inverse_tau = np.float32(1.0) / arrays["tau"][0]
 
@@ -109,7 +134,8 @@ class Checkpoint:
             ConfigError: They cannot be written; what was there stays.
         """
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, allow_pickle=False, **{k: self.arrays[k] for k in ARRAYS})
+        stored = with_base({k: self.arrays[k] for k in ARRAYS}, base_of(self.arrays))
+        np.savez_compressed(buffer, allow_pickle=False, **stored)
         meta = {
             "format": FORMAT_VERSION,
             "model": self.profile.spec.name,
@@ -136,6 +162,8 @@ class Checkpoint:
             profile = Profile.load(directory / "profile.json")
             with np.load(directory / "policy.npz", allow_pickle=False) as file:
                 arrays = {k: file[k] for k in ARRAYS}
+                if any(k.startswith(BASE) for k in file.files):
+                    arrays = with_base(arrays, {k: file[BASE + k] for k in SCORING_ARRAYS})
             references = References(**metadata["references"])
             plans = tuple(Plan(tuple(map(int, cuts))) for cuts in metadata["plans"])
             made_for, shape = metadata["model"], metadata["shape_digest"]
@@ -238,7 +266,7 @@ class ResidualActor:
     """The policy of one model (`agents.learning.policy`) as an `Actor`."""
 
     def __init__(self, model: CostModel, network: PolicyNetwork) -> None:
-        self.encoder, self._network = Encoder(model), network
+        self.encoder, self._network = encoder_on(model, network.base), network
 
     def observe(self, history: F32, state: SystemState) -> F32:
         """The observation, [B, size]."""

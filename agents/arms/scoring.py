@@ -5,43 +5,50 @@
 `excess` is the plan's predicted cost above the cheapest, `view` what was measured over the last
 intervals, `features` the plan's own numbers (`PlanEncoder`). One small network scores every plan of
 every model, so a policy trained on some models and devices decides for others; its last layer
-starts at zero, so untrained it is the queue-aware solver. Importing this does not import torch;
-`agents.learning.scoring_training` trains it.
+starts at zero, so untrained it is the queue-aware solver. `agents.learning.scoring_training` trains
+it, `agents.arms.policy_all` keeps it and decides with it, and a model's own policy starts from it
+(`agents.arms.runtime`). Importing this does not import torch.
 """
 
 from __future__ import annotations
 
-import io
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+import hashlib
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.arms.lookahead import Lookahead
-from agents.arms.runtime import ActorController, metadata_text, read_verified
-from env.predict import CostModel, station_seconds
+from env.predict import CostModel, Prediction, station_seconds
 from env.state import HISTORY, MAX_EXCESS, Encoder, SystemState
 from executor.errors import ConfigError
-from executor.files import write_together
 
-__all__ = ["N_NODES", "PlanEncoder", "ScoringActor", "ScoringPolicy", "Seen", "scoring_controller"]
+__all__ = ["N_NODES", "SCORING_ARRAYS", "PlanEncoder", "ScoringActor", "Seen", "digest"]
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
 
 N_NODES = 3
-FORMAT_VERSION = 1
-ARRAYS = ("view", "plan", "b1", "w2", "b2", "w3", "tau")
+SCORING_ARRAYS = ("view", "plan", "b1", "w2", "b2", "w3", "tau")
 PIECE = 1 << 17  # hidden numbers worked on at once
+
+
+def digest(arrays: Mapping[str, F32]) -> str | None:
+    """SHA-256 of a policy's numbers (`SCORING_ARRAYS`); None where there are none."""
+    if not arrays:
+        return None
+    whole = hashlib.sha256()
+    for name in SCORING_ARRAYS:
+        whole.update(np.ascontiguousarray(arrays[name], dtype="<f4").tobytes())
+    return whole.hexdigest()
 
 
 class Seen(NamedTuple):
     """What the policy sees of B environments with A candidate plans.
 
     Attributes:
-        view: [B, V] the encoder's history and the log of the cheapest predicted cost.
+        view: [B, V] the encoder's history, the log of the cheapest predicted cost, the features of
+            the plan that has it, and per station exp(-excess) of the cheapest plan without it.
         plans: [F, B, A] the plans' features.
         excess: [B, A] predicted cost above the cheapest, clipped as in `env.state.Encoder`.
     """
@@ -76,16 +83,22 @@ class PlanEncoder:
             )
         self.model, self.encoder = model, Encoder(model)
         self.n_plan_features = 3 * (n_nodes + n_hops) + 3 + 4 * n_hops + n_nodes + 2 + n_hops
-        self.view_size = HISTORY * self.encoder.features + 1
+        n_stations = n_nodes + n_hops
+        self.view_size = HISTORY * self.encoder.features + 1 + self.n_plan_features + n_stations
         self._cuts = model.table.cuts.T[:, None].astype(np.float32)  # [H, 1, A]
         self._inverse_n = np.float32(1.0 / model.profile.spec.n_units)
 
-    def observe(self, history: F32, state: SystemState) -> Seen:
-        """`history` [B, HISTORY * features] already holds `state` (`env.state.Encoder.push`)."""
+    def observe(
+        self, history: F32, state: SystemState, prediction: Prediction | None = None
+    ) -> Seen:
+        """`history` [B, HISTORY * features] already holds `state` (`env.state.Encoder.push`).
+
+        `prediction` is the cost model's of that state, where the caller has it already.
+        """
         model, interval_s = self.model, np.float32(self.model.scenario.interval_s)
         n_hops, n_nodes = state.bytes_per_s.shape[1], state.node_load.shape[1]
         n_stations, batch = n_nodes + n_hops, state.batch
-        prediction = model.predict(state)
+        prediction = model.predict(state) if prediction is None else prediction
         cheapest = prediction.cost.min(axis=1, keepdims=True)
         excess = np.minimum(prediction.cost - cheapest, np.float32(MAX_EXCESS))
         unit_s, backlog_s = station_seconds(
@@ -125,7 +138,13 @@ class PlanEncoder:
         np.divide(model.active_cost, prediction.cost, out=seen[row])
         seen[row + 1] = ~moved.any(axis=0)
         np.multiply(moved, self._inverse_n, out=seen[row + 2 :])
-        return Seen(np.concatenate([history, np.log(cheapest)], axis=1), seen, excess)
+        solvers = seen[:, np.arange(batch), excess.argmin(axis=1)].T
+        without = [
+            np.exp(-np.where(used, np.float32(MAX_EXCESS), excess).min(axis=1, keepdims=True))
+            for used in model.used[:, 0] > 0
+        ]
+        view = [history, np.log(cheapest), solvers, *without]
+        return Seen(np.concatenate(view, axis=1, dtype=np.float32), seen, excess)
 
 
 class ScoringActor:
@@ -136,7 +155,7 @@ class ScoringActor:
         arrays: view [V, h], plan [F, h], b1, w2 [h, h], b2, w3 [h], tau [1].
     """
 
-    def __init__(self, model: CostModel, arrays: dict[str, F32]) -> None:
+    def __init__(self, model: CostModel, arrays: Mapping[str, F32]) -> None:
         self.plan_encoder = PlanEncoder(model)
         self.encoder = self.plan_encoder.encoder
         self._a = arrays
@@ -165,74 +184,14 @@ class ScoringActor:
             logits[rows] += hidden @ a["w3"]
         return logits
 
+    def excess(self, history: F32, state: SystemState, prediction: Prediction) -> F32:
+        """What each plan costs above the cheapest by this policy's reckoning, [B, A]."""
+        logits = self.logits(self.plan_encoder.observe(history, state, prediction))
+        excess: F32 = (logits.max(axis=1, keepdims=True) - logits) * self._a["tau"][0]
+        return excess
+
     def lesson(self, seen: Seen, plans: I64) -> tuple[F32, F32, F32]:
         """What learning needs of the plans tried, [B, K]: view, features [B, K, F], excess."""
         tried = np.take_along_axis(seen.plans, plans[None], axis=2)
         excess = np.take_along_axis(seen.excess, plans, axis=1)
         return seen.view, np.ascontiguousarray(np.moveaxis(tried, 0, 2)), excess
-
-
-@dataclass(frozen=True)
-class ScoringPolicy:
-    """The policy on disk: policy.npz and metadata.json in one directory.
-
-    Attributes:
-        arrays: The network (`ScoringActor`).
-        metadata: What it was trained on, and how it validated.
-    """
-
-    arrays: dict[str, F32]
-    metadata: dict[str, Any]
-
-    def save(self, directory: Path) -> None:
-        """Write both files, or neither.
-
-        Raises:
-            ConfigError: They cannot be written; what was there stays.
-        """
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, allow_pickle=False, **{k: self.arrays[k] for k in ARRAYS})
-        files = {"policy.npz": buffer.getvalue()}
-        files["metadata.json"] = metadata_text({"format": FORMAT_VERSION, **self.metadata}, files)
-        write_together({directory / name: data for name, data in files.items()})
-
-    @classmethod
-    def load(cls, directory: Path) -> ScoringPolicy:
-        """Read it.
-
-        Raises:
-            ConfigError: Missing, damaged, or of another format.
-        """
-        try:
-            metadata = read_verified(directory, ("policy.npz",))
-            with np.load(directory / "policy.npz", allow_pickle=False) as file:
-                arrays = {name: file[name] for name in ARRAYS}
-        except FileNotFoundError as error:
-            raise ConfigError(
-                f"no policy for all models in {directory} ({Path(error.filename).name} is "
-                "missing); make one with `python -m agents.train_all`"
-            ) from error
-        except (OSError, KeyError, ValueError, EOFError) as error:
-            raise ConfigError(f"policy {directory} is not readable: {error!r}") from error
-        if metadata.get("format") != FORMAT_VERSION:
-            raise ConfigError(
-                f"policy {directory} has format {metadata.get('format')}, expected {FORMAT_VERSION}"
-            )
-        return cls(arrays, metadata)
-
-
-def scoring_controller(policy: ScoringPolicy, ahead: Lookahead | None = None) -> ActorController:
-    """The policy as a controller, for any model on three nodes.
-
-    Args:
-        policy: Its weights, and the interval it was trained with.
-        ahead: How far it looks past the coming interval, as the arm `policy-all` does; None: not
-            at all, as in training.
-    """
-    return ActorController(
-        "policy-all",
-        lambda model: ScoringActor(model, policy.arrays),
-        policy.metadata.get("interval_s"),
-        ahead,
-        float(policy.arrays["tau"][0]),
-    )

@@ -6,13 +6,15 @@
 `env.state.Encoder`), h a small network's view of the state history. Both heads start at zero, so
 the untrained policy is the solver, and PPO learns what the closed form misses. `prices` is a price
 per unit of work at each station: one number moves every plan that uses that station, so it
-generalises over plans; `dense` moves single plans.
+generalises over plans; `dense` moves single plans. With a *base*, the policy for all models
+(`agents.arms.scoring`), `excess` is what that reckons, and the untrained policy is the base.
 """
 
 from __future__ import annotations
 
 import io
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
+from agents.arms.runtime import base_of, with_base
 from env.offloading import observation_space
 from env.predict import CostModel
 from env.state import Encoder
@@ -38,6 +41,9 @@ __all__ = [
 ]
 
 
+F32 = NDArray[np.float32]
+
+
 def demand_features(model: CostModel) -> NDArray[np.float32]:
     """What each candidate asks of each station, scaled to at most 1; shape [A, N + 2 H]."""
     table = model.table
@@ -48,9 +54,12 @@ def demand_features(model: CostModel) -> NDArray[np.float32]:
     return scaled
 
 
-def policy_kwargs(model: CostModel, tau: float = 0.05, width: int = 64) -> dict[str, Any]:
+def policy_kwargs(
+    model: CostModel, tau: float = 0.05, width: int = 64, base: Mapping[str, F32] | None = None
+) -> dict[str, Any]:
     """Arguments for `ResidualSolverPolicy` that fit a cost model's candidates."""
-    return {"demand": demand_features(model).tolist(), "tau": tau, "width": width}
+    demand = demand_features(model).tolist()
+    return {"demand": demand, "tau": tau, "width": width, "base": dict(base or {})}
 
 
 class _Trunk(nn.Module):
@@ -115,6 +124,11 @@ class ResidualSolverPolicy(ActorCriticPolicy):
         demand: [A][K] what each plan asks of each station (`demand_features`).
         tau: Temperature of the solver's prior, in units of cost.
         width: Width of the two hidden layers of actor and critic.
+        base: Arrays of the policy for all models that this one corrects; none for the solver.
+
+    Attributes:
+        base: As given. It is part of the observation, so whoever makes those must use it
+            (`agents.arms.runtime.encoder_on`); here it is only kept.
     """
 
     def __init__(
@@ -125,8 +139,10 @@ class ResidualSolverPolicy(ActorCriticPolicy):
         demand: list[list[float]],
         tau: float = 0.05,
         width: int = 64,
+        base: dict[str, F32] | None = None,
         **kwargs: Any,
     ) -> None:
+        self.base = base or {}
         self._demand = torch.tensor(demand, dtype=torch.float32)
         self._tau, self._width = tau, width
         kwargs["ortho_init"] = False
@@ -141,6 +157,7 @@ class ResidualSolverPolicy(ActorCriticPolicy):
             self._demand.tolist(),
             self._tau,
             self._width,
+            self.base,
         )
         copied.load_state_dict(self.state_dict())
         return copied
@@ -171,7 +188,7 @@ class ResidualSolverPolicy(ActorCriticPolicy):
         self.optimizer = torch.optim.Adam(self.parameters(), lr=lr_schedule(1), eps=1e-5)
 
 
-def load_policy(path: Path, model: CostModel, tau: float) -> ResidualSolverPolicy:
+def load_policy(path: Path, model: CostModel, arrays: Mapping[str, F32]) -> ResidualSolverPolicy:
     """The policy of a checkpoint's policy.zip, with its critic, to learn on with.
 
     Only its weights are read, no code.
@@ -179,7 +196,7 @@ def load_policy(path: Path, model: CostModel, tau: float) -> ResidualSolverPolic
     Args:
         path: The file.
         model: Of a system with the same candidates.
-        tau: Temperature of the solver's prior, as in the checkpoint's arrays.
+        arrays: The checkpoint's; temperature and base are taken from them.
 
     Raises:
         ConfigError: It cannot be read, or is of other candidates.
@@ -193,7 +210,7 @@ def load_policy(path: Path, model: CostModel, tau: float) -> ResidualSolverPolic
             observation_space(Encoder(model)),
             spaces.Discrete(len(model.plans)),
             lambda _: 1e-4,
-            **policy_kwargs(model, tau, width),
+            **policy_kwargs(model, float(arrays["tau"][0]), width, base_of(arrays)),
         )
         policy.load_state_dict(weights)
     except (OSError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
@@ -219,4 +236,5 @@ def export_arrays(policy: ResidualSolverPolicy) -> dict[str, NDArray[np.float32]
         "b3": head.dense.bias + demand @ head.prices.bias,
         "tau": torch.tensor([head.tau]),
     }
-    return {k: np.ascontiguousarray(v.detach().cpu().numpy()) for k, v in tensors.items()}
+    arrays = {k: np.ascontiguousarray(v.detach().cpu().numpy()) for k, v in tensors.items()}
+    return with_base(arrays, policy.base)

@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from agents.arms.scoring import PlanEncoder, ScoringActor, ScoringPolicy, scoring_controller
+from agents.arms.policy_all import ScoringPolicy, scoring_controller
+from agents.arms.scoring import PlanEncoder, ScoringActor
 from agents.learning.hindsight import HindsightSettings, Learner, gather_lessons
 from agents.learning.validation import Judge, overall, own_and_varied
 from env.mixture import MixedConditions, Mixture

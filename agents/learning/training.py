@@ -8,7 +8,7 @@ policy is the solver, so none is kept that loses to it there.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import HParam
 
-from agents.arms.runtime import Checkpoint, PolicyController
+from agents.arms.runtime import Checkpoint, PolicyController, encoder_on
+from agents.arms.scoring import digest
 from agents.learning.hindsight import HindsightSettings, learn_from_hindsight
 from agents.learning.policy import ResidualSolverPolicy, export_arrays, policy_kwargs
 from agents.learning.resume import ResumePoint
@@ -32,6 +33,7 @@ from env.vector import SimulatorVecEnv
 
 __all__ = ["TrainingResult", "TrainingSettings", "judge", "train_policy"]
 
+F32 = NDArray[np.float32]
 VALIDATION_SEED = 7_000_000
 # (phase, done, total, best cost ratio to the solver so far)
 Report = Callable[[str, int, int, float], None]
@@ -160,19 +162,21 @@ class _Validation(BaseCallback):
     def choose(self) -> float:
         """Leave the policy with the best weights at the strength that validates best.
 
-        Returns the strength; with 0, should nothing else be as good, the policy is the solver.
+        Returns the strength. Should nothing be better than the solver, the policy is that: of
+        strength 0, and without its base.
         """
         policy, chosen = self.model.policy, 1.0
         assert isinstance(policy, ResidualSolverPolicy)
-        solver = dict.fromkeys(self.best, 1.0)
-        if rank(solver) <= rank(self.best):
-            self.best, chosen = solver, 0.0
-        for strength in self.settings.strengths:
+        for strength in (*self.settings.strengths, *([0.0] if policy.base else [])):
             policy.load_state_dict(self.best_weights)
             policy.strengthen(strength)
             ratios = self._ratios()
             if rank(ratios) < rank(self.best):
                 self.best, chosen = ratios, strength
+        solver = dict.fromkeys(self.best, 1.0)
+        if rank(solver) <= rank(self.best):
+            self.best, chosen = solver, 0.0
+            policy.base = self.model.policy_kwargs["base"] = {}
         policy.load_state_dict(self.best_weights)
         policy.strengthen(chosen)
         return chosen
@@ -252,6 +256,7 @@ def train_policy(
     log_dir: Path | None = None,
     report: Report = lambda phase, done, total, best: None,
     resume: ResumePoint | None = None,
+    base: Mapping[str, F32] | None = None,
 ) -> TrainingResult:
     """Train the residual policy and return the weights that validated best.
 
@@ -262,13 +267,20 @@ def train_policy(
         report: Called after every round and every rollout with the phase's name, how much of it is
             done, how much there is, and the best cost ratio to the solver so far.
         resume: Where to save what an interrupted training needs; if that was loaded, go on there.
+        base: Arrays of the policy for all models to start from; none to start from the solver.
     """
     torch.manual_seed(settings.seed)
     conditions = MixedConditions(
         model, settings.mixture, settings.rates, settings.n_envs, settings.seed, settings.copies
     )
+    base = base or {}
+    system = settings.mixture.system(model)
     env = SimulatorVecEnv(
-        settings.mixture.system(model), settings.n_envs, seed=settings.seed, conditions=conditions
+        system,
+        settings.n_envs,
+        seed=settings.seed,
+        conditions=conditions,
+        encoder=encoder_on(system, base),
     )
 
     def learning_rate(remaining: float) -> float:
@@ -287,7 +299,7 @@ def train_policy(
         max_grad_norm=0.5,
         rollout_buffer_class=GroupBaselineBuffer,
         rollout_buffer_kwargs={"copies": settings.copies},
-        policy_kwargs=policy_kwargs(model, settings.tau, settings.width),
+        policy_kwargs=policy_kwargs(model, settings.tau, settings.width, base),
         seed=settings.seed,
         tensorboard_log=str(log_dir) if log_dir else None,
         device="cpu",
@@ -334,6 +346,7 @@ def train_policy(
             "steps_done": ppo.num_timesteps,
             "seconds": round(elapsed, 1),
             "strength": strength,
+            "base": digest(policy.base),
             "validation_cost_ratio_to_solver": validation.best,
         }
     }
