@@ -23,6 +23,7 @@ from agents.cli import (
     add_transfer_argument,
     model_argument,
     numbers,
+    positive_float,
     positive_int,
     progress,
     run_study,
@@ -57,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--plans", type=positive_int, default=extent.plans)
     add("--bandwidths", default="20,60,150", help="Mbit/s of every hop, comma-separated")
     add("--requests", type=positive_int, default=extent.requests, help="mean, per cell")
+    add("--seconds", type=positive_float, default=extent.seconds, help="of a cell, at most")
     add_transfer_argument(parser)
     add_isolation_argument(parser)
     add("--json", type=Path, help="write the results here")
@@ -66,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _main(args: argparse.Namespace) -> int:
     bandwidths = tuple(numbers("--bandwidths", args.bandwidths, "Mbit/s", "20,60"))
-    extent = Extent(args.plans, bandwidths, requests=args.requests)
+    extent = Extent(args.plans, bandwidths, requests=args.requests, seconds=args.seconds)
     scenario, console = Scenario.load(args.scenario), Console()
     console.width = max(console.width, 110)
     forms = transfers(args.transfer, len(scenario.hops), True, "")
