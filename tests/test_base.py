@@ -161,6 +161,14 @@ def test_a_base_that_loses_to_the_solver_is_dropped(model: CostModel) -> None:
     assert result.ppo.policy_kwargs["base"] == {}
 
 
+def test_a_base_of_another_version_is_refused(model: CostModel) -> None:
+    base = a_base(model, 0.1)
+    older = checkpoint_of(model, a_policy(model, base))
+    arrays = {**older.arrays, "base_view": older.arrays["base_view"][:-1]}
+    with pytest.raises(ConfigError, match=r"sees \(190, 33\) numbers .* gives \(191, 33\)"):
+        PolicyController(replace(older, arrays=arrays)).reset(model, 1)
+
+
 def test_which_base_is_taken(model: CostModel, tmp_path: Path) -> None:
     two = model.scenario.replace(nodes=model.scenario.nodes[:2], hops=model.scenario.hops[:1])
     assert load_base("none", model.scenario) == load_base("none", two) == load_base(None, two) == {}

@@ -153,10 +153,20 @@ class ScoringActor:
     Args:
         model: The system's cost model.
         arrays: view [V, h], plan [F, h], b1, w2 [h, h], b2, w3 [h], tau [1].
+
+    Raises:
+        ConfigError: The chain has not `N_NODES` nodes, or the arrays are of another version.
     """
 
     def __init__(self, model: CostModel, arrays: Mapping[str, F32]) -> None:
         self.plan_encoder = PlanEncoder(model)
+        wanted = self.plan_encoder.view_size, self.plan_encoder.n_plan_features
+        found = len(arrays["view"]), len(arrays["plan"])
+        if found != wanted:
+            raise ConfigError(
+                f"the policy for all models sees {found} numbers (system, plan), this version "
+                f"gives {wanted}; train anew with `python -m agents.train_all`, then `python train.py`"
+            )
         self.encoder = self.plan_encoder.encoder
         self._a = arrays
         self._inverse_tau = np.float32(1.0) / arrays["tau"][0]

@@ -1,8 +1,8 @@
 """Training in the calibrated simulator: lessons in hindsight, then PPO; the best is kept.
 
 Both learn from a mixture of conditions (`env.mixture`), and what is kept is chosen on another draw
-of it: the weights that validate best, their correction as strong as validates best. At strength 0 a
-policy is the solver, so none is kept that loses to it there.
+of it: the weights that validate best, their correction as strong as validates best. None is kept
+that loses to the solver there.
 """
 
 from __future__ import annotations
