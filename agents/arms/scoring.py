@@ -165,7 +165,7 @@ class ScoringActor:
         if found != wanted:
             raise ConfigError(
                 f"the policy for all models sees {found} numbers (system, plan), this version "
-                f"gives {wanted}; train anew with `python -m agents.train_all`, then `python train.py`"
+                f"gives {wanted}; train anew: `python -m agents.train_all`, then `python train.py`"
             )
         self.encoder = self.plan_encoder.encoder
         self._a = arrays
