@@ -41,9 +41,6 @@ log = logging.getLogger(__name__)
 Report = Callable[[str, int, int], None]
 INPUT_POOL = 8
 LEAST_SPREAD = 2.0  # longest stage over shortest, for a start to be told from a scale
-# Relative: of one stage's time from run to run, and of a unit's scale about its node's.
-STAGE_NOISE, UNIT_SPREAD = 0.05, 0.3
-MOST_APART = 4.0  # a unit's scale over its node's, at most
 
 
 def random_inputs(
@@ -150,11 +147,9 @@ def fit_calibration(profile: Profile, records: Sequence[RequestRecord]) -> Profi
 def fit_stages(profile: Profile, cuts: NDArray[np.int64], work_s: NDArray[np.float64]) -> Profile:
     """Fit each node's unit times and stage overhead to the work its stages were measured to take.
 
-    A stage takes its units, each scaled, and a time that does not depend on them: units one by one
-    are timed with warm caches and a call each, a stage starts cold and calls once. What lives off
-    memory suffers most from that, so every unit has a scale of its own, held near the node's by
-    `UNIT_SPREAD` (ridge regression of the relative errors). There is no start where stages hardly
-    differ, and none below 0.
+    A stage takes the sum of its units, scaled, and a time that does not depend on them: units one
+    by one are timed with warm caches and a call each, a stage starts cold and calls once. Least
+    squares of the relative errors, neither below 0; the scale alone where stages hardly differ.
 
     Args:
         profile: The profile to correct.
@@ -162,46 +157,29 @@ def fit_stages(profile: Profile, cuts: NDArray[np.int64], work_s: NDArray[np.flo
         work_s: [R, N] unloaded compute seconds of each.
     """
     table = PlanTable(profile, [Plan(tuple(map(int, row))) for row in cuts])
-    n_units = profile.spec.n_units
-    ends = np.concatenate([np.zeros_like(cuts[:, :1]), cuts, np.full_like(cuts[:, :1], n_units)], 1)
-    unit = np.arange(n_units)
     nodes = []
     for k, node in enumerate(profile.nodes):
+        units_s = table.work_s[:, k] - node.stage_overhead_s - table.convert_s[:, k]
         took_s = work_s[:, k] - table.convert_s[:, k]
-        fits = (took_s > 0) & table.runs[:, k]
-        runs = (ends[fits, k, None] <= unit) & (unit < ends[fits, k + 1, None])
-        scales, start_s = _scales(runs * np.array(node.unit_s), took_s[fits])
-        unit_s = tuple((scales * node.unit_s).tolist())
+        fits = (units_s > 0) & (took_s > 0) & table.runs[:, k]
+        scale, start_s = _line(units_s[fits], took_s[fits])
+        unit_s = tuple(scale * t for t in node.unit_s)
         nodes.append(replace(node, unit_s=unit_s, stage_overhead_s=start_s))
     return profile.with_changes(nodes=tuple(nodes))
 
 
-def _scales(
-    parts_s: NDArray[np.float64], took_s: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], float]:
-    """A scale per unit and a start, of R stages that should take `parts_s` [R, n] and took more."""
-    n_units = parts_s.shape[1]
-    whole_s = parts_s.sum(axis=1)
-    if not len(took_s) or whole_s.min() <= 0.0:
-        return np.ones(n_units), 0.0
-    common = float(np.median(took_s / whole_s))
-    spread = whole_s.max() >= LEAST_SPREAD * whole_s.min()
-    # Columns: the node's scale, the stages' start, each unit's difference to the scale.
-    columns = np.concatenate([common * whole_s[:, None], np.ones((len(took_s), 1)),
-                              common * parts_s], axis=1) / took_s[:, None]  # fmt: skip
-    held = np.diag(np.r_[0.0, 0.0, np.full(n_units, STAGE_NOISE / UNIT_SPREAD)])
-    wanted = np.r_[np.ones(len(took_s)), np.zeros(len(held))]
-    design, with_start = np.concatenate([columns, held]), np.ones(n_units + 2, dtype=bool)
-    without = with_start.copy()
-    without[1] = False
-    for free in (with_start, without) if spread else (without,):
-        found = np.zeros(n_units + 2)
-        found[free] = np.linalg.lstsq(design[:, free], wanted, rcond=None)[0]
-        scale, start_s = float(found[0]), float(found[1])
-        if scale > 0.0 and start_s >= 0.0:
-            each = np.clip(scale + found[2:], scale / MOST_APART, scale * MOST_APART)
-            return common * each, start_s
-    return np.full(n_units, common), 0.0
+def _line(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[float, float]:
+    """(slope, intercept), neither below 0, of least relative error; all x and y are positive."""
+    if not len(x):
+        return 1.0, 0.0
+    through_origin = float(np.median(y / x))
+    if x.max() < LEAST_SPREAD * x.min():
+        return through_origin, 0.0
+    relative = np.stack([x / y, 1.0 / y], axis=1)
+    slope, intercept = np.linalg.lstsq(relative, np.ones(len(x)), rcond=None)[0]
+    if slope <= 0.0 or intercept <= 0.0:
+        return through_origin, 0.0
+    return float(slope), float(intercept)
 
 
 @contextmanager
