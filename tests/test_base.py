@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_training import TINY, make_model, random_scorer
 from stable_baselines3 import PPO
 
 import train
@@ -20,51 +21,30 @@ from agents.arms.runtime import (
     base_of,
     encoder_on,
 )
-from agents.arms.scoring import PlanEncoder, digest
+from agents.arms.scoring import digest
 from agents.cli import run_command
-from agents.learning.hindsight import HindsightSettings
 from agents.learning.policy import (
     ResidualSolverPolicy,
     export_arrays,
     load_policy,
     policy_kwargs,
 )
-from agents.learning.scoring_training import Scorer
-from agents.learning.training import TrainingSettings, train_policy
+from agents.learning.training import train_policy
 from env.predict import CostModel
-from env.scenario import Scenario
 from env.simulator import Simulator
 from env.state import SystemState
-from env.synthetic import synthetic_profile
 from env.vector import SimulatorVecEnv
 from executor.errors import ConfigError
-from executor.model import model_spec
-
-TINY = TrainingSettings(
-    hindsight=HindsightSettings(rounds=1, n_envs=8, intervals=6),
-    steps=1024,
-    n_envs=32,
-    rollout=16,
-    batch_size=256,
-    validation_envs=16,
-    validate_every=1024,
-)
 
 
 @pytest.fixture(scope="module")
 def model() -> CostModel:
-    torch.set_num_threads(1)
-    scenario = Scenario.load().replace(episode_s=30.0)
-    return CostModel(synthetic_profile(model_spec("alexnet"), scenario), scenario)
+    return make_model()
 
 
 def a_base(model: CostModel, spread: float) -> dict[str, np.ndarray]:
     """A policy for all models that scores at random."""
-    torch.manual_seed(1)
-    encoder = PlanEncoder(model)
-    scorer = Scorer(encoder.view_size, encoder.n_plan_features, 8, 0.05)
-    torch.nn.init.normal_(scorer.score.weight, std=spread)
-    return scorer.arrays()
+    return random_scorer(model, spread).arrays()
 
 
 def a_policy(model: CostModel, base: dict[str, np.ndarray]) -> ResidualSolverPolicy:

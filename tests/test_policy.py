@@ -11,17 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_training import TINY, make_model
 from stable_baselines3 import PPO
 
 from agents import train_seeds
 from agents.arms.controllers import Controller, Solver
 from agents.arms.runtime import Checkpoint, PolicyController, PolicyNetwork
-from agents.learning.hindsight import HindsightSettings
 from agents.learning.policy import ResidualSolverPolicy, export_arrays, policy_kwargs
 from agents.learning.training import (
     VALIDATION_SEED,
     GroupBaselineBuffer,
-    TrainingSettings,
     to_checkpoint,
     train_policy,
 )
@@ -35,21 +34,10 @@ from env.vector import SimulatorVecEnv
 from executor.errors import ConfigError
 from executor.model import model_spec
 
-TINY = TrainingSettings(
-    hindsight=HindsightSettings(rounds=1, n_envs=8, intervals=6),
-    steps=2048,
-    n_envs=32,
-    rollout=16,
-    batch_size=256,
-    validation_envs=16,
-    validate_every=1024,
-)
-
 
 @pytest.fixture(scope="module")
 def model() -> CostModel:
-    scenario = Scenario.load().replace(episode_s=30.0)
-    return CostModel(synthetic_profile(model_spec("alexnet"), scenario), scenario)
+    return make_model()
 
 
 def random_states(model: CostModel, count: int, seed: int) -> SystemState:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_training import make_model, random_scorer
 
 from agents.arms.controllers import Solver
 from agents.arms.lookahead import Lookahead
@@ -40,12 +41,6 @@ SMALL = ScoringSettings(
 )
 
 
-def make_model(name: str = "alexnet") -> CostModel:
-    torch.set_num_threads(1)
-    scenario = Scenario.load().replace(episode_s=30.0)
-    return CostModel(synthetic_profile(model_spec(name), scenario), scenario)
-
-
 @pytest.fixture(scope="module")
 def model() -> CostModel:
     return make_model()
@@ -63,19 +58,10 @@ def states(model: CostModel, batch: int, steps: int = 10) -> tuple[np.ndarray, S
     return history, state
 
 
-def moved_scorer(model: CostModel) -> Scorer:
-    """A network whose last layer is not zero."""
-    torch.manual_seed(1)
-    encoder = PlanEncoder(model)
-    scorer = Scorer(encoder.view_size, encoder.n_plan_features, 8, 0.05)
-    torch.nn.init.normal_(scorer.score.weight, std=0.5)
-    return scorer
-
-
 @pytest.mark.parametrize("name", ["alexnet", "mobilenet_v2"])
 def test_numpy_scores_as_torch_does(name: str) -> None:
     model = make_model(name)
-    scorer, (history, state) = moved_scorer(model), states(model, 40)
+    scorer, (history, state) = random_scorer(model, 0.5), states(model, 40)
     actor = ScoringActor(model, scorer.arrays())
     seen = actor.observe(history, state)
     every = np.tile(np.arange(len(model.plans)), (40, 1))
@@ -97,7 +83,7 @@ def test_untrained_it_is_the_solver(model: CostModel) -> None:
 
 
 def test_it_looks_as_far_ahead_as_it_is_told(model: CostModel) -> None:
-    policy = ScoringPolicy(moved_scorer(model).arrays(), {})
+    policy = ScoringPolicy(random_scorer(model, 0.5).arrays(), {})
     _, state = states(model, 40)
     plans = []
     for ahead in (None, Lookahead(weight=0.0), Lookahead(weight=5.0)):
@@ -126,7 +112,7 @@ def test_features_are_finite_and_say_what_they_claim(model: CostModel) -> None:
 
 def test_one_row_alone_is_scored_as_in_a_batch(model: CostModel) -> None:
     history, state = states(model, 6)
-    actor = ScoringActor(model, moved_scorer(model).arrays())
+    actor = ScoringActor(model, random_scorer(model, 0.5).arrays())
     together = actor.logits(actor.observe(history, state))
     for b in range(6):
         fields = {k: v[b : b + 1] for k, v in vars(state).items()}
@@ -171,7 +157,7 @@ def test_a_node_can_be_made_slower(model: CostModel) -> None:
 
 
 def test_it_is_saved_and_read_back(model: CostModel, tmp_path: Path) -> None:
-    arrays = moved_scorer(model).arrays()
+    arrays = random_scorer(model, 0.5).arrays()
     ScoringPolicy(arrays, {"models": ["alexnet"]}).save(tmp_path)
     read = ScoringPolicy.load(tmp_path)
     assert read.metadata["models"] == ["alexnet"]
@@ -181,7 +167,7 @@ def test_it_is_saved_and_read_back(model: CostModel, tmp_path: Path) -> None:
 def test_a_damaged_or_missing_policy_is_named(model: CostModel, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="train_all"):
         ScoringPolicy.load(tmp_path / "none")
-    ScoringPolicy(moved_scorer(model).arrays(), {}).save(tmp_path)
+    ScoringPolicy(random_scorer(model, 0.5).arrays(), {}).save(tmp_path)
     data = bytearray((tmp_path / "policy.npz").read_bytes())
     data[len(data) // 2] ^= 1
     (tmp_path / "policy.npz").write_bytes(data)

@@ -70,7 +70,8 @@ class ScoringPolicy:
             raise ConfigError(f"policy {directory} is not readable: {error!r}") from error
         if metadata.get("format") != FORMAT_VERSION:
             raise ConfigError(
-                f"policy {directory} has format {metadata.get('format')}, expected {FORMAT_VERSION}"
+                f"policy {directory} has format {metadata.get('format')}, expected "
+                f"{FORMAT_VERSION}; make it anew with `python -m agents.train_all`"
             )
         return cls(arrays, metadata)
 
