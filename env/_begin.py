@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from env._chain import Chain
+from env._outages import Outages
 from env.conditions import IntervalConditions
 from env.scenario import Scenario
 from env.state import SystemState
@@ -16,7 +17,7 @@ F64 = NDArray[np.float64]
 
 
 def first_state(
-    chain: Chain, scenario: Scenario, coming: IntervalConditions, rate_rps: F64
+    chain: Chain, scenario: Scenario, coming: IntervalConditions, rate_rps: F64, outages: Outages
 ) -> SystemState:
     """The state at time 0: empty queues, and hops and nodes as they are at that moment.
 
@@ -28,6 +29,7 @@ def first_state(
         scenario: What a probe is.
         coming: The first interval's conditions; only their first sub-step counts.
         rate_rps: [B] arrivals expected.
+        outages: Which hops are down.
     """
     batch, probing = len(rate_rps), scenario.probing
     slowest = probing.payload_bytes / probing.idle_s
@@ -42,4 +44,5 @@ def first_state(
         in_flight=np.zeros(batch),
         cuts=np.full((batch, chain.n_hops), chain.n_units, dtype=np.int64),
         latency_ratio=np.ones(batch),
+        node_up=outages.node_up(),
     )

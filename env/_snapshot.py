@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from env._outages import Outages
 from env._pings import Pings
 from env._stations import RequestStore, Station
 from env.conditions import IntervalConditions
 from env.state import SystemState
+from executor.errors import ConfigError
 
 __all__ = ["Queued", "Snapshot"]
 
@@ -27,7 +29,8 @@ class Queued:
         count: [B] of each environment.
         arrival_s, is_probe: [R] as in `RequestStore`.
         work: [S, R] likewise.
-        cuts, wall_s, wait_s: [R, H], [S, R], [R] likewise; empty where they are not recorded.
+        cuts: [R, H] likewise.
+        wall_s, wait_s: [S, R], [R] likewise; empty where they are not recorded.
         late_limit_s, late_cut: [rows, R] likewise; empty without late binding.
         place: [R] the station each is at, or -1: its output is on its way back.
         due_s: [R] when it is (or was) there, or back at the edge; from the interval's end.
@@ -58,10 +61,8 @@ class Queued:
         place = np.repeat(np.arange(len(lists)) - 1, [len(x[0]) for x in lists])
         order = np.argsort(store.env.take(slot), kind="stable")
         slot = slot.take(order)
-        cuts, wall_s, wait_s = store.cuts, store.wall_s, store.wait_s
+        wall_s, wait_s = store.wall_s, store.wait_s
         limit_s, late_cut = store.late_limit_s, store.late_cut
-        if len(cuts):
-            cuts = cuts[slot]
         if wall_s.size:
             wall_s, wait_s = wall_s[:, slot], wait_s[slot]
         if limit_s.size:
@@ -71,7 +72,7 @@ class Queued:
             arrival_s=store.arrival_s.take(slot),
             is_probe=store.is_probe.take(slot),
             work=store.work.take(slot, axis=1),
-            cuts=cuts,
+            cuts=store.cuts.take(slot, axis=0),
             wall_s=wall_s,
             wait_s=wait_s,
             late_limit_s=limit_s,
@@ -97,8 +98,7 @@ class Queued:
         store.is_probe[new] = self.is_probe.take(of)
         for row, work in zip(store.work, self.work, strict=True):
             row[new] = work.take(of)
-        if len(store.cuts):
-            store.cuts[new] = self.cuts[of]
+        store.cuts[new] = self.cuts.take(of, axis=0)
         if store.wall_s.size:
             store.wall_s[:, new], store.wait_s[new] = self.wall_s[:, of], self.wait_s[of]
         if store.late_limit_s.size:
@@ -124,6 +124,7 @@ class Snapshot:
         measured_rate, measured_age_s, probing: [B, H].
         due_s: [B, H] when each hop's newest frame arrives, where delays vary.
         pings: What pings have measured; None where delays are constant.
+        outages: Which hops are down.
         state: What a controller sees.
         lately: What conditions lately were, for a run-out; None before the first interval.
         queued: The open requests.
@@ -138,6 +139,7 @@ class Snapshot:
     measured_age_s: F64
     due_s: F64
     pings: Pings | None
+    outages: Outages
     probing: NDArray[np.bool_]
     state: SystemState
     lately: IntervalConditions | None
@@ -148,3 +150,12 @@ class Snapshot:
     def batch(self) -> int:
         """Number of environments B."""
         return len(self.n_ref)
+
+    def check(self, index: I64, n_stations: int, recording: bool) -> None:
+        """Raise ConfigError unless a simulator can go on from these environments."""
+        if not (len(index) and 0 <= index.min() <= index.max() < self.batch):
+            raise ConfigError(f"a snapshot's environments are 0..{self.batch - 1}, got {index}")
+        if self.queued.work.shape[0] != n_stations:
+            raise ConfigError("a snapshot of another chain of nodes cannot be restored here")
+        if recording and not self.recorded:
+            raise ConfigError("this simulator records requests and the snapshot's did not")

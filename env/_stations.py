@@ -33,7 +33,7 @@ class RequestStore:
         work: [S, capacity] work at each station (unloaded seconds or bytes); -1 where not visited.
         completion_s: [capacity] completion after the interval's start, where it is in it.
         is_probe: [capacity].
-        cuts: [capacity, H], kept only when `record` or `late_rows` says so.
+        cuts: [capacity, H] the plan.
         late_limit_s, late_cut: [late_rows, capacity] table from which the fog picks its cut
             (`env.late.LateTables`), limits -inf once it has; columns only with `late_rows`.
         wall_s: [S, capacity] seconds served, kept only when `record` is true.
@@ -53,7 +53,7 @@ class RequestStore:
         kept = capacity if record else 0
         self.wall_s = np.zeros((n_stations, kept))
         self.wait_s = np.zeros(kept)
-        self.cuts = np.zeros((capacity if self._late else kept, n_hops), dtype=np.int64)
+        self.cuts = np.zeros((capacity, n_hops), dtype=np.int64)
         self.late_limit_s = np.full((late_rows, capacity if self._late else 0), -np.inf)
         self.late_cut = np.zeros(self.late_limit_s.shape, dtype=np.int64)
 
@@ -69,8 +69,7 @@ class RequestStore:
                 old = getattr(self, name)
                 unused = np.zeros((*old.shape[:-1], extra), dtype=old.dtype)
                 setattr(self, name, np.concatenate([old, unused], axis=-1))
-            if self._record or self._late:
-                self.cuts = np.pad(self.cuts, ((0, extra), (0, 0)))
+            self.cuts = np.pad(self.cuts, ((0, extra), (0, 0)))
             if self._record:
                 self.wall_s = np.pad(self.wall_s, ((0, 0), (0, extra)))
                 self.wait_s = np.pad(self.wait_s, (0, extra))
@@ -86,13 +85,20 @@ class RequestStore:
             self.late_limit_s[:, new] = -np.inf
         return new
 
+    def forget(self, slots: I64) -> None:
+        """These begin anew: nothing served, and no table to pick a cut from."""
+        if self._record:
+            self.wall_s[:, slots] = 0.0
+            self.wait_s[slots] = 0.0
+        if self._late:
+            self.late_limit_s[:, slots] = -np.inf
+
     def keep(self, slots: I64) -> None:
         """Keep only these; the i-th becomes slot i."""
         n = self.live = len(slots)
         for column in (self.env, self.arrival_s, self.is_probe, *self.work):
             column[:n] = column.take(slots)
-        if self._record or self._late:
-            self.cuts[:n] = self.cuts[slots]
+        self.cuts[:n] = self.cuts.take(slots, axis=0)
         if self._record:
             self.wall_s[:, :n] = self.wall_s[:, slots]
             self.wait_s[:n] = self.wait_s[slots]

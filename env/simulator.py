@@ -31,6 +31,7 @@ from env._accounting import (
 from env._begin import first_state
 from env._chain import Chain, Delays
 from env._late import FOG, LateBinding
+from env._outages import Outages
 from env._pings import Pings, send_probes
 from env._snapshot import Queued, Snapshot
 from env._stations import NO_SLOTS, NO_TIMES, Departures, Rates, RequestStore, route
@@ -56,11 +57,11 @@ DRAIN_DEADLINES = 20.0
 class Simulator:
     """B environments of one scenario.
 
-    Approximations, all documented here: whether a new request finds `max_in_flight` others is
-    judged as if requests completed evenly, at the last interval's rate (the exact count would need
-    the interval's completions before its arrivals are admitted); a reply takes the bandwidth at the
-    last departure and occupies no hop; requests still open `DRAIN_DEADLINES` deadlines into `drain`
-    are given up as lost.
+    Approximations: whether a new request finds `max_in_flight` others is judged as if requests
+    completed evenly, at the last interval's rate (their exact number would be known too late); a
+    reply takes the bandwidth at the last departure and occupies no hop; what is still open
+    `DRAIN_DEADLINES` deadlines into `drain` is given up as lost; hops are found down, and up again,
+    between intervals (`env._outages`).
 
     Args:
         model: Profile, scenario, references, candidate plans.
@@ -79,6 +80,9 @@ class Simulator:
         time_s: Simulation time, 0 at reset.
         late_rule: Gives the cut tables of late binding; None without it.
     """
+
+    _back: tuple[I64, F64]  # outputs on their way back
+    _probing: NDArray[np.bool_]
 
     def __init__(
         self,
@@ -168,7 +172,8 @@ class Simulator:
         self._lately: IntervalConditions | None = None
         coming = self._coming = self._conditions.next()
         chain = self._chain
-        self._state = first_state(chain, self.model.scenario, coming, self.n_ref)
+        self._outages = Outages.at_start(coming)
+        self._state = first_state(chain, self.model.scenario, coming, self.n_ref, self._outages)
         self._measured_rate = self._state.bytes_per_s.copy()
         self._measured_age_s = np.zeros_like(self._measured_rate)
         self._pings = Pings(self.batch, chain.n_hops) if chain.delay_varies else None
@@ -187,14 +192,15 @@ class Simulator:
         Raises:
             ConfigError: The cuts are no plans, or of the wrong shape.
         """
-        cuts = self._chain.checked(cuts, self.batch)
+        asked = self._chain.checked(cuts, self.batch)
+        cuts = self._outages.around(asked, self._chain.n_units)
         conditions, self._coming = self._coming or self._conditions.next(), None
         self._lately = conditions.smoothed(self._lately, self._dt_s)
         record = IntervalRecord.zeros(self.batch, self._chain.n_nodes)
         flows: Flows = [[] for _ in self._stations]
         if probe_bytes is not None:
-            sizes, limit = np.asarray(probe_bytes, dtype=np.float64), self._chain.probe_limit_bytes
-            send_probes(self._store, self._probing, sizes, limit, flows)
+            sizes = np.asarray(probe_bytes, dtype=np.float64) * self._state.node_up[:, 1:]
+            send_probes(self._store, self._probing, sizes, self._chain.probe_limit_bytes, flows)
         new, refused = self._admit(conditions, cuts, record)
         edge = self._store.work[0].take(new.slot) >= 0.0
         route(new.slot, new.offset_s, edge, flows[0], flows[1])
@@ -203,7 +209,11 @@ class Simulator:
         completed = self._advance(rates, delays, self._dt_s, flows, record, new)
         if completed is not None and refused is not None:
             completed = join(completed, refused)
-        self._observe(conditions, cuts, record)
+        self._outages.watch(conditions, self._conditions.substep_s)
+        self._back = self._outages.send_again(
+            self._chain, self._store, self._stations, self._probing, self._backlog, self._back
+        )
+        self._observe(conditions, asked, record)
         return StepResult(state=self._state, record=record, completed=completed)
 
     def drain(self) -> IntervalRecord:
@@ -211,8 +221,7 @@ class Simulator:
 
         Their means (`IntervalConditions.smoothed`): a moment's outage must not last for ever.
 
-        Bounded by `DRAIN_DEADLINES` deadlines; what is still open then is counted as lost, and was
-        charged as outstanding until then. Call `reset` afterwards.
+        What `DRAIN_DEADLINES` deadlines do not finish is lost, and charged for them. `reset` next.
         """
         return self.drain_completed().record
 
@@ -255,7 +264,6 @@ class Simulator:
 
     def snapshot(self) -> Snapshot:
         """Everything there is to these environments but the conditions to come."""
-        back = self._back_slot, self._back_s
         return Snapshot(
             time_s=self.time_s,
             n_ref=self.n_ref.copy(),
@@ -265,10 +273,11 @@ class Simulator:
             measured_age_s=self._measured_age_s.copy(),
             due_s=self._due_s.copy(),
             pings=None if self._pings is None else self._pings.take(np.arange(self.batch)),
+            outages=self._outages.take(np.arange(self.batch)),
             probing=self._probing.copy(),
             state=self._state.take(np.arange(self.batch)),
             lately=self._lately,
-            queued=Queued.of(self._store, self._stations, back),
+            queued=Queued.of(self._store, self._stations, self._back),
             recorded=self.record_requests,
         )
 
@@ -290,12 +299,7 @@ class Simulator:
             ConfigError: No such environments, another chain, or requests that were not recorded.
         """
         index = np.asarray(index, dtype=np.int64)
-        if not (len(index) and 0 <= index.min() <= index.max() < snapshot.batch):
-            raise ConfigError(f"a snapshot's environments are 0..{snapshot.batch - 1}, got {index}")
-        if snapshot.queued.work.shape[0] != len(self._stations):
-            raise ConfigError("a snapshot of another chain of nodes cannot be restored here")
-        if self.record_requests and not snapshot.recorded:
-            raise ConfigError("this simulator records requests and the snapshot's did not")
+        snapshot.check(index, len(self._stations), self.record_requests)
         expected = self.batch if conditions is None else len(conditions.rate_rps)
         if len(index) != expected:
             raise ConfigError(f"expected an index of {expected} environments, got {len(index)}")
@@ -303,10 +307,11 @@ class Simulator:
         if conditions is not None:
             self._play(conditions)
         self._empty()
-        self._back_slot, self._back_s = snapshot.queued.put(index, self._store, self._stations)
+        self._back = snapshot.queued.put(index, self._store, self._stations)
         self.time_s, self.n_ref = snapshot.time_s, snapshot.n_ref.take(index)
         self._completed_rps = snapshot.completed_rps.take(index)
         self._in_flight = snapshot.in_flight.take(index)
+        self._outages = snapshot.outages.take(index)
         self._probing = snapshot.probing[index]
         self._measured_rate = snapshot.measured_rate[index]
         self._measured_age_s = snapshot.measured_age_s[index]
@@ -321,7 +326,7 @@ class Simulator:
         self._store.keep(NO_SLOTS)
         for station in self._stations:
             station.clear()
-        self._back_slot, self._back_s = NO_SLOTS, NO_TIMES  # outputs on their way back
+        self._back = NO_SLOTS, NO_TIMES
         self._in_flight = np.zeros(self.batch, dtype=np.int64)
         self._probing = np.zeros((self.batch, self._chain.n_hops), dtype=bool)
         # When the newest frame of each hop arrives behind it, from now; used where delays vary.
@@ -354,11 +359,11 @@ class Simulator:
         store.completion_s[new] = self._dt_s
         for row, work in zip(store.work, self._chain.work_of(cuts), strict=True):
             row[new] = work.take(env)
-        if self.record_requests or self.late_rule is not None:
-            store.cuts[new] = cuts[env]
+        store.cuts[new] = cuts.take(env, axis=0)
         if self.late_rule is not None:
             tables = self.late_rule.tables(self._state, cuts)
-            store.late_limit_s[:, new] = tables.limit_s[env].T
+            whole = self._outages.first_down.take(env) == self._chain.n_hops  # else no tables
+            store.late_limit_s[:, new] = np.where(whole, tables.limit_s[env].T, -np.inf)
             store.late_cut[:, new] = tables.cut[env].T
         return Arrivals(np.arange(new.start, new.stop), env, offset, accepted), refused
 
@@ -383,7 +388,7 @@ class Simulator:
         Returns one row per finished request, if they are recorded.
         """
         store, chain = self._store, self._chain
-        done = [(self._back_slot, self._back_s)]
+        done = [self._back]
         self._measured: list[Measured] = []
         self._backlog: list[F64] = []
         self._rtt_s = self._state.rtt_s
@@ -440,7 +445,7 @@ class Simulator:
         completion = np.concatenate([x[1] for x in ends])
         back = completion <= dt
         now, later = np.flatnonzero(back), np.flatnonzero(~back)
-        self._back_slot, self._back_s = slot.take(later), completion.take(later) - dt
+        self._back = slot.take(later), completion.take(later) - dt
         done = slot.take(now), completion.take(now)
         deadline = self.model.references.deadline_s
         account(record, self._store, self._in_flight, new, done, self.time_s, dt, deadline)
@@ -456,10 +461,11 @@ class Simulator:
 
     def _compact(self) -> None:
         """Give the requests that are still open the first slots."""
-        lists = [self._back_slot, *(station.slot for station in self._stations)]
+        lists = [self._back[0], *(station.slot for station in self._stations)]
         self._store.keep(np.concatenate(lists))
         ends = np.cumsum([len(x) for x in lists])
-        self._back_slot, *rest = np.split(np.arange(self._store.live), ends[:-1])
+        back, *rest = np.split(np.arange(self._store.live), ends[:-1])
+        self._back = back, self._back[1]
         for station, slot in zip(self._stations, rest, strict=True):
             station.slot = slot
 
@@ -490,4 +496,5 @@ class Simulator:
             in_flight=self._in_flight.astype(np.float64),
             cuts=cuts,
             latency_ratio=np.where(record.completed > 0, ratio, 1.0),
+            node_up=self._outages.node_up(),
         )

@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from event_simulation import Item, Reference, first_rate, lately_of, overlap, union
-from toy_chain import SPEC, constant_scenario, random_cuts, toy_profile, toy_scenario
+from toy_chain import SLOWEST_MBPS, SPEC, constant_scenario, random_cuts, toy_profile, toy_scenario
 
 from env._accounting import MEASURED_BYTES
 from env.conditions import Conditions
@@ -325,7 +325,7 @@ def test_conditions_do_not_depend_on_actions():
 
 
 def test_drain_is_bounded_and_gives_up_what_an_outage_holds():
-    scenario = constant_scenario(mbps=1e-6, rate_rps=4.0)
+    scenario = constant_scenario(mbps=SLOWEST_MBPS, rate_rps=4.0)
     sim = Simulator(CostModel(toy_profile(3), scenario), 2, 0, record_requests=True)
     arrived = sum(sim.step(np.zeros((2, 2), dtype=np.int64)).record.arrived for _ in range(3))
     end = sim.drain_completed()

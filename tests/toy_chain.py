@@ -35,7 +35,11 @@ def toy_profile(n_nodes):
     )
 
 
-def toy_scenario(n_nodes, outage_mbps=0.0, **changes):
+# An outage as slow as can be without the nodes giving the hop up: that is tests/test_outages.py's.
+SLOWEST_MBPS = 0.01
+
+
+def toy_scenario(n_nodes, outage_mbps=SLOWEST_MBPS, **changes):
     def load(k):
         return Process("markov", (0.0, 0.3 + 0.2 * k), dwell_s=3.0, sigma=0.05, log=False)
 
