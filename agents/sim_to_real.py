@@ -59,6 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--bandwidths", default="20,60,150", help="Mbit/s of every hop, comma-separated")
     add("--requests", type=positive_int, default=extent.requests, help="mean, per cell")
     add("--seconds", type=positive_float, default=extent.seconds, help="of a cell, at most")
+    repeats_help = "runs of each cell; above 1 tells how far the nodes repeat themselves"
+    add("--repeats", type=positive_int, default=extent.repeats, help=repeats_help)
     add_transfer_argument(parser)
     add_isolation_argument(parser)
     add("--json", type=Path, help="write the results here")
@@ -68,7 +70,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _main(args: argparse.Namespace) -> int:
     bandwidths = tuple(numbers("--bandwidths", args.bandwidths, "Mbit/s", "20,60"))
-    extent = Extent(args.plans, bandwidths, requests=args.requests, seconds=args.seconds)
+    extent = Extent(
+        args.plans,
+        bandwidths,
+        requests=args.requests,
+        seconds=args.seconds,
+        repeats=args.repeats,
+    )
     scenario, console = Scenario.load(args.scenario), Console()
     console.width = max(console.width, 110)
     forms = transfers(args.transfer, len(scenario.hops), True, "")

@@ -131,7 +131,8 @@ class Outages:
             station.put(slot[~leaves], ready_s[~leaves], served, start_s)
             lost = probe[leaves]
             again.append(gone[~lost])
-            probing[gone_env[lost], s // 2] = False
+            if lost.any():
+                probing[gone_env[lost], s // 2] = False
         self._submit(np.concatenate(again), chain, store, stations, backlog)
         return back[0][~stuck], back[1][~stuck]
 

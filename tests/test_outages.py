@@ -20,10 +20,15 @@ N = SPEC.n_units
 STEP_S = 0.2
 
 
-def tape_with(dead, rate=4.0, seed=5, interval_s=STEP_S, n_nodes=3):
+def tape_with(dead, rate=4.0, seed=5, interval_s=STEP_S, n_nodes=3, slow=False):
     """Conditions whose hops carry nothing where `dead` [T, B, H] says so."""
     scenario = toy_scenario(n_nodes, outage_mbps=20.0, interval_s=interval_s)
-    model = CostModel(toy_profile(n_nodes), scenario)
+    profile = toy_profile(n_nodes)
+    if slow:  # so that an outage finds requests in the last node, too
+        last = profile.nodes[-1]
+        last = dataclasses.replace(last, unit_s=tuple(20.0 * t for t in last.unit_s))
+        profile = profile.with_changes(nodes=(*profile.nodes[:-1], last))
+    model = CostModel(profile, scenario)
     steps, batch, _ = dead.shape
     rates = np.full(batch, rate)
     tape = record_conditions(Conditions(model.scenario, rates, seed), steps)
@@ -124,8 +129,9 @@ def test_silence_is_counted_over_intervals_and_ends_with_the_first_byte():
     n_nodes=st.sampled_from([2, 3, 4]),
     interval_s=st.sampled_from([0.2, 1.0]),
     late=st.booleans(),
+    slow=st.booleans(),
 )
-def test_every_request_ends_once_whatever_fails_and_whenever(seed, n_nodes, interval_s, late):
+def test_every_request_ends_once_whatever_fails_and_whenever(seed, n_nodes, interval_s, late, slow):
     rng = np.random.default_rng(seed)
     batch, steps, n_hops = 3, 40, n_nodes - 1
     dead = np.zeros((steps, batch, n_hops), dtype=bool)
@@ -133,7 +139,7 @@ def test_every_request_ends_once_whatever_fails_and_whenever(seed, n_nodes, inte
     for t in range(steps):
         state ^= rng.random(state.shape) < 0.2
         dead[t] = state
-    model, tape = tape_with(dead, rate=6.0, seed=seed, interval_s=interval_s, n_nodes=n_nodes)
+    model, tape = tape_with(dead, 6.0, seed, interval_s, n_nodes, slow)
     if late and n_nodes == 3:
         scenario = model.scenario.replace(late_binding=True)
         model = CostModel(model.profile, scenario, model.references)

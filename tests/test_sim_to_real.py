@@ -27,7 +27,7 @@ def row(mean: tuple[float, float], node: tuple[float, float], load: float = 0.1)
                 "hop_ms": [4.0, 0.0]}  # fmt: skip
 
     return {"mbps": 20.0, "load": load, "plan": [1, 2], "requests": 3,
-            "measured": figures(0), "simulated": figures(1)}  # fmt: skip
+            "measured": figures(0), "again": [], "simulated": figures(1)}  # fmt: skip
 
 
 def test_errors_are_absolute_shares_of_what_was_measured() -> None:
@@ -39,11 +39,33 @@ def test_errors_are_absolute_shares_of_what_was_measured() -> None:
     assert mape["hops"] == {"edge - fog": 0.0, "fog - cloud": None}
 
 
+def test_cells_measured_again_tell_how_far_the_nodes_repeat_themselves() -> None:
+    one, two = row((100.0, 90.0), (10.0, 12.0)), row((50.0, 60.0), (0.5, 9.0))
+    names = ["edge", "fog", "cloud"]
+    assert summary([one, two], names)["again"] == {"mean": None, "p95": None}
+    one["again"], two["again"] = [{"mean_ms": 110.0, "p95_ms": 200.0}], [
+        {"mean_ms": 35.0, "p95_ms": 120.0}
+    ]  # fmt: skip
+    again = summary([one, two], names)["again"]
+    assert again == {"mean": pytest.approx(0.2), "p95": pytest.approx(0.1)}
+
+
 def test_short_form_on_the_testbed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine.py").write_text(MODEL)
     out, page = tmp_path / "out.json", tmp_path / "page"
     argv = ["--sim-to-real", "--model", f"{tmp_path / 'mine.py'}:tiny", "--plans", "2"]
-    argv += ["--bandwidths", "40", "--requests", "4", "--json", str(out), "--report", str(page)]
+    argv += [
+        "--bandwidths",
+        "40",
+        "--requests",
+        "4",
+        "--repeats",
+        "2",
+        "--json",
+        str(out),
+        "--report",
+        str(page),
+    ]
     assert evaluate.main(argv) == 0
     result = json.loads(out.read_text())
     assert result["nodes"] == ["edge", "fog", "cloud"] and 1 <= len(result["rows"]) <= 4
@@ -56,7 +78,9 @@ def test_short_form_on_the_testbed(tmp_path: Path, capsys: pytest.CaptureFixture
     assert set(result["overrun_share"]) == {"edge", "fog", "cloud"}
     text = (page / "index.html").read_text()
     assert text.count("<img alt=") == 2 and str(tmp_path) not in text
-    assert "mean absolute percentage error over" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "mean absolute percentage error over" in shown
+    assert "the same cells measured again" in shown
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ class Extent:
         loads: Arrivals as fractions of the plan's own capacity.
         requests: Mean requests per cell.
         seconds: A cell lasts at most so long.
+        repeats: Runs of a cell, one after the other; simulated is held against the first.
     """
 
     plans: int = 12
@@ -53,6 +54,7 @@ class Extent:
     loads: tuple[float, ...] = (IDLE, BUSY)
     requests: int = 30
     seconds: float = 8.0
+    repeats: int = 1
 
 
 def constant_scenario(base: Scenario, mbps: float, episode_s: float) -> Scenario:
@@ -104,24 +106,27 @@ def measure(
                 rate = max(rate, 1.0 / steps)
                 model = CostModel(profile, constant_scenario(base, mbps, float(steps)))
                 arm = Static("plan", plan)
-                live = LiveSystem(
-                    model, client, random_inputs(profile.spec.input_shape), testbed, rate
-                )
-                try:
-                    real = run_arm(live, arm, seed=SEED, n_intervals=steps)
-                    overruns = live.overrun_share()
-                finally:
-                    live.close()
+                runs: list[ArmRun] = []
+                for _ in range(extent.repeats):
+                    live = LiveSystem(
+                        model, client, random_inputs(profile.spec.input_shape), testbed, rate
+                    )
+                    try:
+                        runs.append(run_arm(live, arm, seed=SEED, n_intervals=steps))
+                        overruns = live.overrun_share()
+                    finally:
+                        live.close()
                 simulator = Simulator(model, 1, SEED, rate_rps=rate, record_requests=True)
                 virtual = run_arm(simulator, arm, seed=SEED, n_intervals=steps)
-                if len(real.latency_s) and len(virtual.latency_s):
+                if all(len(run.latency_s) for run in (*runs, virtual)):
                     rows.append(
                         {
                             "mbps": mbps,
                             "load": load,
                             "plan": list(plan.cuts),
-                            "requests": len(real.latency_s),
-                            "measured": _figures(real),
+                            "requests": len(runs[0].latency_s),
+                            "measured": _figures(runs[0]),
+                            "again": [_figures(run) for run in runs[1:]],
                             "simulated": _figures(virtual),
                         }
                     )
@@ -153,7 +158,9 @@ def error(row: dict[str, Any], what: str) -> float:
 def summary(rows: Sequence[dict[str, Any]], nodes: Sequence[str]) -> dict[str, Any]:
     """Mean absolute percentage errors: of mean and p95 latency, per node and per hop.
 
-    A node or hop counts in the cells where it took at least 1 ms; None where there are none.
+    A node or hop counts in the cells where it took at least 1 ms; None where there are none. Where
+    cells were measured again, `again` is by how much that differs from the first time: what no
+    prediction can be better than, but by luck.
 
     Args:
         rows: The cells.
@@ -169,13 +176,22 @@ def summary(rows: Sequence[dict[str, Any]], nodes: Sequence[str]) -> dict[str, A
             out[name] = float(np.mean(errors)) if errors else None
         return out
 
+    again = {
+        name: [
+            abs(x[f"{name}_ms"] / r["measured"][f"{name}_ms"] - 1.0)
+            for r in rows
+            for x in r["again"]
+        ]
+        for name in ("mean", "p95")
+    }
     return {
+        "again": {name: float(np.mean(found)) if found else None for name, found in again.items()},
         "mape": {
             "mean": float(np.mean([abs(error(r, "mean_ms")) for r in rows])),
             "p95": float(np.mean([abs(error(r, "p95_ms")) for r in rows])),
             "nodes": parts("node_ms", nodes),
             "hops": parts("hop_ms", hops),
-        }
+        },
     }
 
 
@@ -189,6 +205,12 @@ def lines(result: dict[str, Any]) -> list[str]:
         f"{mape['mean']:.1%}, p95 {mape['p95']:.1%}",
         f"in nodes and on hops: {each}",
     ]
+    again = result["again"]
+    if again["mean"] is not None:
+        found.append(
+            f"the nodes beside themselves, the same cells measured again: mean latency "
+            f"{again['mean']:.1%}, p95 {again['p95']:.1%}"
+        )
     late = {k: v for k, v in result["overrun_share"].items() if v > MAX_OVERRUN_SHARE}
     found += [
         f"not valid: {v:.1%} of {k}'s stages ended late (at most {MAX_OVERRUN_SHARE:.0%})"
