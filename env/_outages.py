@@ -5,9 +5,9 @@ controller may use them, what is submitted runs in front of it, and what was on 
 sent again, cut short at the last node that can be reached. When the hop carries again, so do they.
 
 The nodes notice within their heartbeats; here it is noticed at the end of the interval in which the
-silence has lasted so long. What is sent again starts from its input, after what waits at the first
-node already; its earlier try is forgotten everywhere, while nodes may have begun to compute it.
-Outputs that are on their way back come back.
+silence has lasted so long. What is sent again starts from its input, behind what waits at the first
+node already, and so does what had only its output still on the way. Its earlier try is forgotten
+everywhere, while real nodes may compute on for a while.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Outages:
 
     def _find(self) -> None:
         n_hops = self.silent_s.shape[1]
-        down = self.silent_s >= SILENT_AFTER_S
+        down = self.silent_s >= SILENT_AFTER_S - 1e-9  # sums of sub-steps
         self.first_down: I64 = np.where(down.any(axis=1), down.argmax(axis=1), n_hops)
         self.any = bool(down.any())
 
