@@ -1,6 +1,6 @@
 """Silent hops: what requests take on real nodes, and in the simulator under the same conditions.
 
-python benchmarks/outages.py --model alexnet [--scenario FILE]     # 7 minutes, on a quiet machine
+python benchmarks/outages.py --model alexnet [--scenario FILE] [--plan 3,14]     # 7 quiet minutes
 
 One hop at a time carries nothing for 4, 2, 8 and 1 s of a minute, the rest at 20 Mbit/s; two
 constant plans and the solver, one decision every 0.2 s, the same arrivals on both sides.
@@ -22,7 +22,7 @@ from env.live import LiveSystem
 from env.predict import CostModel
 from env.scenario import HopSetup, NodeSetup, Process, Scenario
 from env.simulator import Simulator
-from executor.plan import candidate_plans
+from executor.plan import Plan, candidate_plans
 
 SILENT = ((8, 12), (20, 22), (30, 38), (45, 46))
 SECONDS, STEP_S, MBPS, RATE_RPS, SEED = 60, 0.2, 20.0, 0.8, 3
@@ -64,6 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", default="alexnet")
     parser.add_argument("--scenario", help="nodes and delays (default: default)")
+    parser.add_argument("--plan", help="cuts like 3,14 (default: the middle candidate)")
     args = parser.parse_args()
     base = Scenario.load(args.scenario)
     with (
@@ -76,6 +77,8 @@ def main() -> None:
         profile = calibrate(client, profile, spread(plans, 8))
         inputs = random_inputs(profile.spec.input_shape)
         middle = plans[len(plans) // 2]
+        if args.plan is not None:
+            middle = Plan(tuple(map(int, args.plan.split(","))))
         for hop in range(2):
             scenario = scenario_with(base, hop, Path(folder))
             model = CostModel(profile, scenario)
