@@ -110,6 +110,7 @@ def test_no_plan_goes_through_a_node_that_is_down(
     decision = guarded.decide(broken)
     assert guarded.reason == "node down" and guarded.fallbacks["node down"] == 1
     assert (decision.cuts == model.profile.spec.n_units).all()
+    assert is_policy(guarded.decide(state), model) and guarded.reason == ""  # back at once
     linked = CostModel(model.profile, model.scenario, direct={0: 2})
     (usable,) = linked.usable(broken)
     assert {tuple(c) for c in linked.table.cuts[usable]} == {

@@ -23,6 +23,8 @@ __all__ = ["GuardSettings", "GuardedController"]
 
 log = logging.getLogger(__name__)
 
+NODE_DOWN = "node down"
+
 
 @dataclass(frozen=True)
 class GuardSettings:
@@ -34,7 +36,8 @@ class GuardSettings:
         drift_ratio: Fall back when the mean observed cost of `window_s` exceeds this times the
             predicted one...
         window_s: ...over so many seconds of intervals with arrivals.
-        hold_s: Stay with the solver for so long after the last reason.
+        hold_s: Stay with the solver for so long after the last reason, unless that was a node that
+            was down.
     """
 
     stale_s: float = 30.0
@@ -84,7 +87,8 @@ class GuardedController:
             if not self._hold:
                 log.warning("falling back to the solver: %s", reason, extra={"reason": reason})
             self.fallbacks[reason] += 1
-            self._hold, self.reason = self._holds, reason
+            # A node that is back is healthy at once; other trouble tends to come again.
+            self._hold, self.reason = 1 if reason == NODE_DOWN else self._holds, reason
         elif self._hold:
             self._hold -= 1
             if not self._hold:
@@ -109,7 +113,7 @@ class GuardedController:
     def _check(self, state: SystemState) -> str:
         settings = self._settings
         if not state.node_up.all():
-            return "node down"
+            return NODE_DOWN
         arrays = (state.bytes_per_s, state.rtt_s, state.node_load, state.node_backlog_s)
         if not all(np.isfinite(a).all() for a in arrays):
             return "state is not finite"
