@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,10 @@ import numpy as np
 from agents.arms.controllers import Controller, Solver, Static, cloud_only
 from agents.nodes import calibrate, measure_profile, random_inputs, spread, start_testbed
 from agents.studies.compare import ArmRun, run_arm
+from agents.studies.sim_to_real import MAX_IN_FLIGHT, constant_scenario
 from env.live import LiveSystem
 from env.predict import CostModel
-from env.scenario import HopSetup, NodeSetup, Process, Scenario
+from env.scenario import Process, Scenario
 from env.simulator import Simulator
 from executor.plan import Plan, candidate_plans
 
@@ -28,28 +30,16 @@ SILENT = ((8, 12), (20, 22), (30, 38), (45, 46))
 SECONDS, STEP_S, MBPS, RATE_RPS, SEED = 60, 0.2, 20.0, 0.8, 3
 
 
-def trace(folder: Path, name: str, silent: tuple[tuple[int, int], ...]) -> str:
-    """Write a minute of bandwidth; returns its path."""
-    lines = [f"{t},{0.0 if any(a <= t < b for a, b in silent) else MBPS}" for t in range(SECONDS)]
-    path = folder / name
-    path.write_text("time_s,mbps\n" + "\n".join(lines) + "\n")
-    return str(path)
-
-
 def scenario_with(base: Scenario, silent_hop: int, folder: Path) -> Scenario:
-    """`base` at constant conditions, but for one hop."""
-    paths = [trace(folder, f"hop{h}.csv", SILENT if h == silent_hop else ()) for h in range(2)]
-    return base.replace(
-        nodes=tuple(NodeSetup(n.name, n.device, n.ratio) for n in base.nodes),
-        hops=tuple(
-            HopSetup(Process("trace", path=path, jitter=False), hop.one_way_delay_s)
-            for path, hop in zip(paths, base.hops, strict=True)
-        ),
-        arrivals=Process(),
-        episode_s=float(SECONDS),
-        interval_s=STEP_S,
-        max_in_flight=64,
-    )
+    """`base` at constant conditions, but for one hop, whose trace is written into `folder`."""
+    lines = [f"{t},{0.0 if any(a <= t < b for a, b in SILENT) else MBPS}" for t in range(SECONDS)]
+    trace = folder / "silent.csv"
+    trace.write_text("time_s,mbps\n" + "\n".join(lines) + "\n")
+    constant = constant_scenario(base, MBPS, float(SECONDS))
+    hops = list(constant.hops)
+    bandwidth = Process("trace", path=str(trace), jitter=False)
+    hops[silent_hop] = replace(hops[silent_hop], bandwidth=bandwidth)
+    return constant.replace(hops=tuple(hops), interval_s=STEP_S)
 
 
 def text(run: ArmRun) -> str:
@@ -69,7 +59,7 @@ def main() -> None:
     base = Scenario.load(args.scenario)
     with (
         closing(start_testbed(args.model, base)) as testbed,
-        testbed.client(max_in_flight=64) as client,
+        testbed.client(max_in_flight=MAX_IN_FLIGHT) as client,
         tempfile.TemporaryDirectory() as folder,
     ):
         profile = measure_profile(client)

@@ -30,48 +30,46 @@ Mask = NDArray[np.bool_]
 
 
 class Outages:
-    """Which hops are down in B environments.
+    """Which hops are down in B environments; never changes.
 
     Args:
         silent_s: [B, H] seconds, up to now, in which a hop has carried nothing.
 
     Attributes:
         first_down: [B] the first hop that is down; H where none is.
+        any: Whether there is one.
     """
 
     def __init__(self, silent_s: F64) -> None:
         self.silent_s = silent_s
-        self._find()
+        self.any = False
+        if silent_s.any():
+            n_hops = silent_s.shape[1]
+            down = silent_s >= SILENT_AFTER_S - 1e-9  # sums of sub-steps
+            self.first_down: I64 = np.where(down.any(axis=1), down.argmax(axis=1), n_hops)
+            self.any = bool(down.any())
+        else:
+            self.first_down = np.full(len(silent_s), silent_s.shape[1])
 
     @classmethod
     def at_start(cls, coming: IntervalConditions) -> Outages:
         """Before the first interval: the nodes have waited long enough to miss who is silent."""
         return cls(np.where(_dead(coming.hop_bytes_per_s[:, :, 0]), SILENT_AFTER_S, 0.0))
 
-    def _find(self) -> None:
-        n_hops = self.silent_s.shape[1]
-        down = self.silent_s >= SILENT_AFTER_S - 1e-9  # sums of sub-steps
-        self.first_down: I64 = np.where(down.any(axis=1), down.argmax(axis=1), n_hops)
-        self.any = bool(down.any())
-
     def take(self, index: I64) -> Outages:
         """Environment b of the result is as this one's environment index[b]."""
         return Outages(self.silent_s[index])
 
-    def watch(self, conditions: IntervalConditions, substep_s: float) -> None:
-        """An interval has passed."""
+    def after(self, conditions: IntervalConditions, substep_s: float) -> Outages:
+        """What it is once an interval has passed."""
         dead = _dead(conditions.hop_bytes_per_s)
         if not dead.any():
-            if self.silent_s.any():
-                self.silent_s = np.zeros_like(self.silent_s)
-                self._find()
-            return
+            return Outages(np.zeros_like(self.silent_s)) if self.silent_s.any() else self
         count = dead.shape[2]
         alive = ~dead[:, :, ::-1]
         trailing = np.where(alive.any(axis=2), alive.argmax(axis=2), count)
         before = np.where(trailing == count, self.silent_s, 0.0)
-        self.silent_s = before + trailing * substep_s
-        self._find()
+        return Outages(before + trailing * substep_s)
 
     def node_up(self) -> Mask:
         """Which nodes can be reached, [B, N]."""

@@ -209,7 +209,7 @@ class Simulator:
         completed = self._advance(rates, delays, self._dt_s, flows, record, new)
         if completed is not None and refused is not None:
             completed = join(completed, refused)
-        self._outages.watch(conditions, self._conditions.substep_s)
+        self._outages = self._outages.after(conditions, self._conditions.substep_s)
         self._back = self._outages.send_again(
             self._chain, self._store, self._stations, self._probing, self._backlog, self._back
         )
@@ -273,7 +273,7 @@ class Simulator:
             measured_age_s=self._measured_age_s.copy(),
             due_s=self._due_s.copy(),
             pings=None if self._pings is None else self._pings.take(np.arange(self.batch)),
-            outages=self._outages.take(np.arange(self.batch)),
+            outages=self._outages,
             probing=self._probing.copy(),
             state=self._state.take(np.arange(self.batch)),
             lately=self._lately,

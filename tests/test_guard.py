@@ -111,6 +111,10 @@ def test_no_plan_goes_through_a_node_that_is_down(
     assert guarded.reason == "node down" and guarded.fallbacks["node down"] == 1
     assert (decision.cuts == model.profile.spec.n_units).all()
     assert is_policy(guarded.decide(state), model) and guarded.reason == ""  # back at once
+    stale = dataclasses.replace(state, bandwidth_age_s=np.full((1, 2), 1e3))
+    guarded.decide(stale)
+    guarded.decide(broken)  # cuts no hold short that had begun
+    assert not is_policy(guarded.decide(state), model)
     linked = CostModel(model.profile, model.scenario, direct={0: 2})
     (usable,) = linked.usable(broken)
     assert {tuple(c) for c in linked.table.cuts[usable]} == {

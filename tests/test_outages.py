@@ -118,7 +118,7 @@ def test_silence_is_counted_over_intervals_and_ends_with_the_first_byte():
     outages = Outages.at_start(tape.intervals[0])
     found = []
     for interval in tape.intervals:
-        outages.watch(interval, tape.substep_s)
+        outages = outages.after(interval, tape.substep_s)
         found.append(outages.silent_s[0, 0])
     np.testing.assert_allclose(found, [0.0, 0.5, 1.0, 0.0])
 

@@ -88,7 +88,8 @@ class GuardedController:
                 log.warning("falling back to the solver: %s", reason, extra={"reason": reason})
             self.fallbacks[reason] += 1
             # A node that is back is healthy at once; other trouble tends to come again.
-            self._hold, self.reason = 1 if reason == NODE_DOWN else self._holds, reason
+            self._hold = max(self._hold, 1) if reason == NODE_DOWN else self._holds
+            self.reason = reason
         elif self._hold:
             self._hold -= 1
             if not self._hold:
