@@ -1,8 +1,9 @@
 """A hop that is down, as the nodes see and survive it (`executor.recovery`).
 
-A hop over which nothing has come for `SILENT_AFTER_S` is down, and so are the nodes behind it: no
-controller may use them, what is submitted runs in front of it, and what was on its way over it is
-sent again, cut short at the last node that can be reached. When the hop carries again, so do they.
+A hop over which nothing has come for as long as the executor is patient (`CostModel.patience_s`, at
+least `SILENT_AFTER_S`) is down, and so are the nodes behind it: no controller may use them, what is
+submitted runs in front of it, and what was on its way over it is sent again, cut short at the last
+node that can be reached. When the hop carries again, so do they.
 
 The nodes notice within their heartbeats; here it is noticed at the end of the interval in which the
 silence has lasted so long. What is sent again starts from its input, behind what waits at the first
@@ -34,42 +35,49 @@ class Outages:
 
     Args:
         silent_s: [B, H] seconds, up to now, in which a hop has carried nothing.
+        patience_s: [H] after how many of them it is down. Nobody knows of those behind another
+            that is silent.
 
     Attributes:
         first_down: [B] the first hop that is down; H where none is.
         any: Whether there is one.
     """
 
-    def __init__(self, silent_s: F64) -> None:
-        self.silent_s = silent_s
+    def __init__(self, silent_s: F64, patience_s: F64) -> None:
+        self.silent_s, self._patience_s = silent_s, patience_s
         self.any = False
         if silent_s.any():
             n_hops = silent_s.shape[1]
-            down = silent_s >= SILENT_AFTER_S - 1e-9  # sums of sub-steps
-            self.first_down: I64 = np.where(down.any(axis=1), down.argmax(axis=1), n_hops)
+            silent = silent_s >= SILENT_AFTER_S - 1e-9  # sums of sub-steps
+            row, first = np.arange(len(silent_s)), silent.argmax(axis=1)
+            down = silent[row, first] & (silent_s[row, first] >= patience_s[first] - 1e-9)
+            self.first_down: I64 = np.where(down, first, n_hops)
             self.any = bool(down.any())
         else:
             self.first_down = np.full(len(silent_s), silent_s.shape[1])
 
     @classmethod
-    def at_start(cls, coming: IntervalConditions) -> Outages:
+    def at_start(cls, coming: IntervalConditions, patience_s: F64) -> Outages:
         """Before the first interval: the nodes have waited long enough to miss who is silent."""
-        return cls(np.where(_dead(coming.hop_bytes_per_s[:, :, 0]), SILENT_AFTER_S, 0.0))
+        dead = _dead(coming.hop_bytes_per_s[:, :, 0])
+        return cls(np.where(dead, patience_s, 0.0), patience_s)
 
     def take(self, index: I64) -> Outages:
         """Environment b of the result is as this one's environment index[b]."""
-        return Outages(self.silent_s[index])
+        return Outages(self.silent_s[index], self._patience_s)
 
     def after(self, conditions: IntervalConditions, substep_s: float) -> Outages:
         """What it is once an interval has passed."""
         dead = _dead(conditions.hop_bytes_per_s)
         if not dead.any():
-            return Outages(np.zeros_like(self.silent_s)) if self.silent_s.any() else self
+            if not self.silent_s.any():
+                return self
+            return Outages(np.zeros_like(self.silent_s), self._patience_s)
         count = dead.shape[2]
         alive = ~dead[:, :, ::-1]
         trailing = np.where(alive.any(axis=2), alive.argmax(axis=2), count)
         before = np.where(trailing == count, self.silent_s, 0.0)
-        return Outages(before + trailing * substep_s)
+        return Outages(before + trailing * substep_s, self._patience_s)
 
     def node_up(self) -> Mask:
         """Which nodes can be reached, [B, N]."""

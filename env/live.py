@@ -52,6 +52,9 @@ class ClientLike(Protocol):
     ) -> Future[Any]:
         """Run one inference."""
 
+    def be_patient(self, patience_s: Sequence[float]) -> None:
+        """For how long each hop may be silent before requests go around it."""
+
     def status(self) -> Any:
         """Newest status per node."""
 
@@ -128,6 +131,7 @@ class LiveSystem:
         They are held as they begin until every hop was probed once, or `probing.idle_s` are over.
         """
         self._finish_open()
+        self.client.be_patient(self.model.patience_s.tolist())
         self._conditions = Conditions(self.scenario, self.n_ref, seed or 0)
         n = self.scenario.steps_per_episode + 2
         intervals = [self._conditions.next() for _ in range(n)]

@@ -22,6 +22,7 @@ from env.scenario import Scenario
 from executor.errors import ConfigError
 from executor.plan import Plan, candidate_plans, constrained_plans, plan_mask
 from executor.profile import Profile
+from executor.recovery import MOST_PATIENCE_S, SILENT_AFTER_S
 
 if TYPE_CHECKING:
     from env.state import SystemState
@@ -122,6 +123,7 @@ class CostModel:
         active_cost: [A] cost of the energy it takes to compute a request.
         ahead_s: An interval, or a second where that is shorter: the step of whoever looks ahead.
         capacity_rps: What the best static plan can serve under the scenario's usual conditions.
+        patience_s: [H] for how long a silent hop is waited for (`executor.recovery`).
     """
 
     def __init__(
@@ -197,6 +199,25 @@ class CostModel:
         self._piece = max(1, CACHED_NUMBERS // (n_stations * n_plans))
         speed, bytes_per_s = usual_conditions(self.scenario)
         self.capacity_rps = float(self.capacity_at(speed[None], bytes_per_s[None])[0])
+        self.patience_s = self._patience_s(1.0 - speed, bytes_per_s)
+
+    def _patience_s(self, node_load: F64, bytes_per_s: F64) -> F64:
+        """Seconds of latency that cost what the way around each hop costs more, [H].
+
+        The best plan in front of the hop against the best of all, both alone and under usual
+        conditions. Who waits so long and goes around it then pays at most twice what would have
+        been best, whenever the hop comes back (the ski rental problem).
+        """
+        n_hops = len(bytes_per_s)
+        if self._direct:
+            return np.full(n_hops, SILENT_AFTER_S)  # there is another way
+        rtt_s = np.array([h.rtt_s for h in self.profile.hops])
+        none = (np.zeros(n_hops + 1), np.zeros(n_hops), rtt_s, np.zeros(1), np.zeros(1))
+        cost, _ = self._predict(*(x[None] for x in (node_load, bytes_per_s, *none)))
+        short = np.where(self.table.crossed.T > 0, np.inf, cost).min(axis=1)
+        patience_s = (short - cost.min()) / float(self._latency_cost)
+        clipped: F64 = np.clip(patience_s.astype(np.float64), SILENT_AFTER_S, MOST_PATIENCE_S)
+        return clipped
 
     def capacity_at(self, speed: F64, bytes_per_s: F64) -> F64:
         """Capacity of the best static plan, requests/s, [B], at constant conditions.

@@ -172,7 +172,7 @@ class Simulator:
         self._lately: IntervalConditions | None = None
         coming = self._coming = self._conditions.next()
         chain = self._chain
-        self._outages = Outages.at_start(coming)
+        self._outages = Outages.at_start(coming, self.model.patience_s)
         self._state = first_state(chain, self.model.scenario, coming, self.n_ref, self._outages)
         self._measured_rate = self._state.bytes_per_s.copy()
         self._measured_age_s = np.zeros_like(self._measured_rate)

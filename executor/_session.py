@@ -198,12 +198,12 @@ class Session:
             if self._requests.in_flight or self._events:
                 self._wake.set()
 
-    def prefer(self, plans: Sequence[Plan]) -> None:
-        """Set the plans to fall back on."""
+    def with_recovery(self, change: Callable[[Recovery], None]) -> None:
+        """Change how requests recover, on the thread that holds the machine."""
 
         def event(now_s: float) -> None:
             if self._recovery is not None:
-                self._recovery.preferred = tuple(plans)
+                change(self._recovery)
 
         self._post_event(event)
 

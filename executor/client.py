@@ -33,10 +33,10 @@ from executor._records import (
 )
 from executor._session import Session
 from executor.cluster import Cluster
-from executor.errors import HandshakeError, RequestError
+from executor.errors import ConfigError, HandshakeError, RequestError
 from executor.late import CutTable, check_tables
 from executor.plan import Plan
-from executor.recovery import Counts
+from executor.recovery import MOST_PATIENCE_S, SILENT_AFTER_S, Counts, Recovery
 from executor.wire import Header, Kind, array_body, attach, pack
 
 if TYPE_CHECKING:
@@ -251,7 +251,37 @@ class Client:
         session = self._connected()
         for plan in plans:
             plan.check(session.nodes[0]["n_units"], self.cluster.n_nodes)
-        session.prefer(plans)
+
+        def change(recovery: Recovery) -> None:
+            recovery.preferred = tuple(plans)
+
+        session.with_recovery(change)
+
+    def be_patient(self, patience_s: Sequence[float]) -> None:
+        """For how long each hop may be silent before requests go around it (0.7 s unless told).
+
+        Of use where the way around costs much, and silences are short. A hop whose connection
+        breaks is gone around at once all the same.
+
+        Args:
+            patience_s: Per hop, `SILENT_AFTER_S` to `MOST_PATIENCE_S` of `executor.recovery`.
+
+        Raises:
+            HandshakeError: There is no connection; call `connect` first.
+            ConfigError: Another number of hops, or a number out of range.
+        """
+        session, n_hops = self._connected(), self.cluster.n_nodes - 1
+        right = all(SILENT_AFTER_S <= s <= MOST_PATIENCE_S for s in patience_s)
+        if len(patience_s) != n_hops or not right:
+            raise ConfigError(
+                f"patience_s takes {n_hops} numbers from {SILENT_AFTER_S} to {MOST_PATIENCE_S} s, "
+                f"got {list(patience_s)}"
+            )
+
+        def change(recovery: Recovery) -> None:
+            recovery.patience_s = tuple(patience_s)
+
+        session.with_recovery(change)
 
     def status(self) -> dict[int, NodeStatus]:
         """Every node's newest heartbeat; one that cannot be used now is `down`."""

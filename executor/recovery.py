@@ -11,7 +11,9 @@ came, time passed) and carries out the instructions it gets back. The machine's 
 - A request is sent at most `MAX_TRIES` times; it keeps its id, so that nodes drop what is double.
 
 A request is sent again when a node reports it lost, when its way breaks, or when a hop on its way
-has moved nothing for half of the request's time. The plan asked for is kept where it can be served
+has moved nothing for half of the request's time. A hop that has merely fallen silent breaks the way
+once it has been so for as long as the caller is patient: where the way around it costs more than
+most silences last, waiting is better. The plan asked for is kept where it can be served
 (over a direct link if need be); else the first preferred plan that can; else the plan with the
 dead node's stage given to the next node; else the plan cut short at the last node that can be
 reached. If the first node itself is away, requests wait for it until their deadline.
@@ -27,12 +29,25 @@ from itertools import pairwise
 from executor._listeners import silent_after_s
 from executor.plan import Plan, find_route
 
-__all__ = ["MAX_TRIES", "Complete", "Counts", "Fail", "Greet", "Instruction", "Recovery", "Send"]
+__all__ = [
+    "MAX_TRIES",
+    "MOST_PATIENCE_S",
+    "SILENT_AFTER_S",
+    "Complete",
+    "Counts",
+    "Fail",
+    "Greet",
+    "Instruction",
+    "Recovery",
+    "Send",
+]
 
 MAX_TRIES = 12
 # Seven heartbeats (or three and a half, where a node has many to tell): on two busy cores a healthy
 # node has been seen 0.3 s late.
 SILENT_AFTER_S = 0.7
+# A node dials a silent neighbour anew after 4 s, and what was on its way is lost then.
+MOST_PATIENCE_S = 3.5
 _GREET_PERIOD_S = 0.2
 # After so many losses at one node a request looks for a way around it, whatever its heartbeats say.
 _LOSSES = 2
@@ -153,6 +168,7 @@ class Recovery:
     Attributes:
         counts: What became of the requests so far.
         preferred: Plans to fall back on, best first, before the machine's own detours.
+        patience_s: For how long each hop may be silent before requests go around it.
     """
 
     def __init__(
@@ -173,7 +189,9 @@ class Recovery:
         self._nodes = [_Node() for _ in names]
         self._open: dict[int, _Open] = {}
         self._full: dict[Plan, tuple[float, str]] = {}
+        self.patience_s: tuple[float, ...] = (SILENT_AFTER_S,) * (len(names) - 1)
         self._broken: set[tuple[int, int]] = set()
+        self._quiet: dict[tuple[int, int], float] = {}  # links that are said not to be up, since
         self._first_link = True
         self._down: frozenset[int] = frozenset(range(len(names)))
         self._greeted_s = -math.inf
@@ -283,10 +301,16 @@ class Recovery:
         if boot != state.boot:
             state.boot = boot
             self._broken = {link for link in self._broken if link[0] != node}
+            self._quiet = {k: since for k, since in self._quiet.items() if k[0] != node}
             if node == 0:
                 self._lose_all("the first node started anew")
         for target, up in links.items():
-            (self._broken.discard if up else self._broken.add)((node, target))
+            if up:
+                self._broken.discard((node, target))
+                self._quiet.pop((node, target), None)
+            else:
+                self._quiet.setdefault((node, target), now_s)
+        self._break_quiet(now_s)
         return self._update(now_s)
 
     def hello(self, node: int, boot: str, problem: str, now_s: float) -> list[Instruction]:
@@ -325,11 +349,17 @@ class Recovery:
         Call it when all that has come was taken in: silence is judged here alone, so that a pause
         of the client's own process does not make every node look silent.
         """
-        # What a node says comes through those before it, as often as they pass it on.
-        every_s = 0.0
-        for node in self._nodes:
+        # What a node says comes through those before it, as often as they pass it on: the hop to
+        # the first that is not heard is the silent one, and patience is with that hop.
+        every_s, patience_s = 0.0, 0.0
+        for node, hop_s in zip(self._nodes, (SILENT_AFTER_S, *self.patience_s), strict=True):
             every_s = max(every_s, node.every_s)
-            node.silent = now_s - node.heard_s > silent_after_s(SILENT_AFTER_S, every_s)
+            quiet_s = now_s - node.heard_s
+            if not patience_s and quiet_s > silent_after_s(SILENT_AFTER_S, every_s):
+                patience_s = hop_s
+            limit_s = silent_after_s(patience_s or SILENT_AFTER_S, every_s)
+            node.silent = quiet_s > limit_s
+        self._break_quiet(now_s)
         self._down = self._judge()
         late = [seq for seq, request in self._open.items() if now_s >= request.deadline_s]
         out: list[Instruction] = []
@@ -375,6 +405,15 @@ class Recovery:
                 if link_up and target < len(heard) and heard[target] and target not in reached:
                     reached.append(target)
         return frozenset(range(len(heard))) - frozenset(reached)
+
+    def _break_quiet(self, now_s: float) -> None:
+        """Count the links as broken that have not been up for longer than patience lasts.
+
+        A node calls a link down when it has been silent for almost `SILENT_AFTER_S`.
+        """
+        for (node, target), since_s in self._quiet.items():
+            if now_s - since_s >= self.patience_s[target - 1] - SILENT_AFTER_S:
+                self._broken.add((node, target))
 
     def _avoid_stalls(self, request: _Open, now_s: float) -> None:
         waited_s = now_s - request.sent_s

@@ -64,6 +64,9 @@ class StandInClient:
         future.set_result(Reply(np.zeros(1), record))
         return future
 
+    def be_patient(self, patience_s) -> None:
+        self.patience_s = patience_s
+
     def status(self) -> dict[int, NodeStatus]:
         return self.statuses
 

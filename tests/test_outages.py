@@ -12,9 +12,11 @@ from toy_chain import SPEC, random_cuts, toy_profile, toy_scenario
 from env._outages import Outages
 from env.conditions import Conditions
 from env.predict import CostModel
+from env.scenario import Scenario
 from env.simulator import Simulator
+from env.synthetic import synthetic_model
 from env.tape import Tape, record_conditions
-from executor.recovery import SILENT_AFTER_S
+from executor.recovery import MOST_PATIENCE_S, SILENT_AFTER_S
 
 N = SPEC.n_units
 STEP_S = 0.2
@@ -103,6 +105,42 @@ def test_an_outage_shorter_than_the_heartbeats_patience_changes_no_plan():
         assert (result.completed.cuts == (1, 3)).all()
 
 
+def test_a_silent_hop_is_waited_for_as_long_as_the_way_around_it_costs():
+    model, tape = tape_with(between(10, 26, 0))
+    model.patience_s = np.array([2.0, SILENT_AFTER_S])
+    _, results = play(model, tape, (1, 3))
+    up = [r.state.node_up.all() for r in results]
+    assert up == [t < 19 or t >= 26 for t in range(60)]
+    model.patience_s = np.array([3.4, SILENT_AFTER_S])
+    _, results = play(model, tape, (1, 3), record_requests=True)
+    assert all((r.completed.cuts == (1, 3)).all() for r in results)
+
+
+def test_of_hops_behind_a_silent_one_nothing_is_known():
+    dead = between(10, 40, 0) | between(5, 40, 1)
+    model, tape = tape_with(dead)
+    model.patience_s = np.array([2.0, 2.0])
+    _, results = play(model, tape, (1, 3))
+    seen = [int(r.state.node_up.sum()) for r in results]
+    # The second is not missed any more when the first falls silent, which takes 2 s, too.
+    assert seen[14:19] == [3, 3, 3, 3, 3] and seen[19:39] == [1] * 20 and seen[40] == 3
+
+
+@pytest.mark.parametrize("name", ["alexnet", "vgg16", "mobilenet_v2"])
+def test_patience_is_what_the_way_around_costs_more_in_seconds_of_latency(name):
+    scenario = Scenario.load()
+    profile = synthetic_model(name, scenario)
+    model = CostModel(profile, scenario)
+    assert model.patience_s.shape == (2,)
+    assert ((model.patience_s >= SILENT_AFTER_S) & (model.patience_s <= MOST_PATIENCE_S)).all()
+    # The more expensive the edge, the longer the way to it is waited for.
+    edge = profile.nodes[0]
+    slow = profile.with_changes(nodes=(edge.scaled(8.0), *profile.nodes[1:]))
+    slow_s = CostModel(slow, scenario, model.references).patience_s
+    assert slow_s[0] == MOST_PATIENCE_S >= model.patience_s[0]
+    assert (CostModel(profile, scenario, direct={0: 2}).patience_s == SILENT_AFTER_S).all()
+
+
 def test_a_plan_that_does_not_cross_the_hop_goes_on():
     dead = between(10, 40, 1)
     model, tape = tape_with(dead)
@@ -115,7 +153,7 @@ def test_a_plan_that_does_not_cross_the_hop_goes_on():
 
 def test_silence_is_counted_over_intervals_and_ends_with_the_first_byte():
     _, tape = tape_with(between(1, 3, 0, steps=4), interval_s=0.5)
-    outages = Outages.at_start(tape.intervals[0])
+    outages = Outages.at_start(tape.intervals[0], np.full(2, SILENT_AFTER_S))
     found = []
     for interval in tape.intervals:
         outages = outages.after(interval, tape.substep_s)

@@ -166,6 +166,43 @@ def test_a_silent_node_is_gone_around_and_used_again():
     assert (machine.counts.late_replies, machine.counts.retried) == (1, 1)
 
 
+def test_a_silent_hop_is_gone_around_when_patience_ends():
+    machine = started()
+    machine.patience_s = (2.0, 0.7)
+    machine.submitted(1, Plan((3, 10)), 30.0, 0.0)
+    for now_s in (0.8, 1.9):
+        # Nothing comes over the first hop, so nothing is known of what lies behind the second.
+        hear(machine, [0], now_s)
+        machine.status(0, "b0", {1: False}, 0.0, now_s)
+        assert sent(machine.tick(now_s)) == [] and machine.down == frozenset()
+    assert sent(hear(machine, [0], 2.1) + machine.tick(2.1)) == [(1, (N, N), 2, False)]
+    assert machine.down == {1, 2}
+
+
+def test_the_second_hop_has_a_patience_of_its_own():
+    machine = started()
+    machine.patience_s = (0.7, 2.0)
+    machine.submitted(1, Plan((3, 10)), 30.0, 0.0)
+    for now_s, plans in ((1.9, []), (2.1, [(1, (3, N), 2, False)])):
+        hear(machine, [0, 1], now_s)
+        assert sent(machine.tick(now_s)) == plans
+
+
+def test_a_link_that_a_node_calls_down_breaks_when_patience_ends_or_it_fails():
+    machine = started(DIRECT)
+    machine.patience_s = (2.0, 2.0)
+    machine.submitted(1, Plan((3, 10)), 30.0, 0.0)
+    hear(machine, [1, 2], 1.0)
+    assert sent(machine.status(0, "b0", {1: False, 2: True}, 0.0, 1.0)) == []
+    hear(machine, [0, 1, 2], 2.2)
+    assert sent(machine.status(0, "b0", {1: False, 2: True}, 0.0, 2.2)) == []
+    # It said so first at 1.0, and what a node calls down has been silent for 0.7 s.
+    assert sent(hear(machine, [1], 2.31)) == [(1, (3, 3), 2, True)]
+    machine.status(0, "b0", {1: True, 2: True}, 0.0, 2.5)
+    machine.submitted(2, Plan((3, 10)), 30.0, 2.5)
+    assert sent(machine.error(2, 1, "hop_down", "gone", 0, 1, 2.5)) == [(2, (3, 3), 2, True)]
+
+
 def test_a_direct_link_leads_past_the_dead_node():
     machine = started(DIRECT)
     machine.submitted(1, Plan((3, 10)), 30.0, 0.0)
