@@ -154,3 +154,18 @@ def test_impossible_mixtures_are_refused(settings: dict, words: str) -> None:
 def test_groups_must_fill_the_batch(model: CostModel) -> None:
     with pytest.raises(ConfigError, match="10 environments do not divide into groups of 4"):
         MixedConditions(model, Mixture(), RATES, 10, 0, copies=4)
+
+
+def test_some_hops_of_the_others_fall_silent_for_a_while(model: CostModel) -> None:
+    mixture = Mixture(own_share=0.25, failing_share=0.5, up_s=(8.0, 8.0), silent_s=(2.0, 2.0))
+    mixed = MixedConditions(model, mixture, RATES, 400, 1)
+    carried = np.concatenate([mixed.next().hop_bytes_per_s for _ in range(150)], axis=2)
+    silent = carried == 0.0
+    assert not silent[:100].any()
+    fails = silent[100:].any(axis=2)
+    assert abs(fails.mean() - 0.5) < 0.05
+    rows = silent[100:][fails]
+    assert abs(rows.mean() - 0.2) < 0.02  # and so from the first moment on
+    assert abs(rows[:, 0].mean() - 0.2) < 0.05
+    begun = (rows[:, 1:] & ~rows[:, :-1]).sum()
+    assert abs(rows.sum() * mixed.substep_s / begun - 2.0) < 0.2
