@@ -68,7 +68,7 @@ def test_the_others_links_lie_in_the_mixture_s_range(model: CostModel) -> None:
         assert np.allclose(a.hop_bytes_per_s, 0.02 * b.hop_bytes_per_s)
         assert np.allclose(a.hop_delay_s, np.minimum(2 * b.hop_delay_s, MAX_ONE_WAY_DELAY_S))
         assert np.array_equal(a.node_speed, b.node_speed)
-    wide = MixedConditions(model, Mixture(own_share=0.0), RATES, 400, 1)
+    wide = MixedConditions(model, Mixture(own_share=0.0, failing_share=0.0), RATES, 400, 1)
     means = np.mean([wide.next().hop_bytes_per_s.mean(axis=2) for _ in range(20)], axis=0)
     assert np.ptp(np.log(means), axis=0).min() > np.log(100.0)
 
