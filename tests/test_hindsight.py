@@ -116,11 +116,11 @@ def test_learning_recovers_from_a_bad_start(model: CostModel) -> None:
     with torch.no_grad():
         policy.action_net.dense.bias.normal_(0.0, 80.0, generator=torch.Generator().manual_seed(1))
     pushed = cost()
-    settings = replace(SMALL, rounds=8, n_envs=24, intervals=18, learning_rate=3e-2)
+    settings = replace(SMALL, rounds=12, n_envs=24, intervals=18, learning_rate=3e-2)
     done: list[int] = []
     losses = learn_from_hindsight(
         policy, model, Mixture(own_share=1.0), (fraction, fraction), 0, settings, done.append
     )
-    assert done == list(range(1, 9)) and len(losses) == 8
+    assert done == list(range(1, 13)) and len(losses) == 12
     assert pushed > 1.2 * good, (pushed, good)
     assert cost() < good + 0.4 * (pushed - good), (cost(), pushed, good)

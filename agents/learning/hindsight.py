@@ -30,7 +30,7 @@ from env.cost import Cost
 from env.mixture import MixedConditions, Mixture
 from env.predict import CostModel
 from env.simulator import Simulator, Snapshot
-from env.state import idle_probes
+from env.state import SystemState, idle_probes
 from env.tape import Tape, record_conditions
 
 __all__ = [
@@ -134,13 +134,20 @@ def trial_costs(
     for step in range(settings.lookahead):
         if step:
             history = actor.encoder.push(history, state)
-            action = actor.logits(actor.observe(history, state)).argmax(axis=1)
+            logits = actor.logits(actor.observe(history, state))
+            action = _served(model, state, logits).argmax(axis=1)
         result = simulator.step(model.table.cuts[action], idle_probes(state, model.scenario))
         state = result.state
         total += weight * cost(result.record, simulator.n_ref)
         weight *= settings.discount**model.scenario.interval_s
     total += weight * cost(simulator.drain(), simulator.n_ref)
     return total.reshape(plans.shape)
+
+
+def _served(model: CostModel, state: SystemState, logits: F32) -> F32:
+    """Logits [B, A], -inf where a plan cannot be served, as whoever decides has them."""
+    usable = model.usable(state)
+    return logits if usable is None else np.where(usable, logits, np.float32(-np.inf))
 
 
 def _candidates(order: I64, count: int, rng: np.random.Generator) -> I64:
@@ -186,7 +193,8 @@ def gather_lessons(
     inputs, costs = [], []
     for t in range(settings.intervals):
         seen = actor.observe(history, state)
-        order = (-actor.logits(seen)).argsort(axis=1, kind="stable")
+        logits = _served(model, state, actor.logits(seen))
+        order = (-logits).argsort(axis=1, kind="stable")
         if t % settings.every == settings.every - 1:
             plans = _candidates(order, settings.candidates, rng)
             inputs.append(actor.lesson(seen, plans))
