@@ -2,8 +2,8 @@
 
 A policy that met one kind of link decides badly on another. Here every environment has conditions
 of its own kind: a share of them the scenario's as it is, the others those of a shipped scenario,
-every hop of every environment made faster or slower by a factor of its own, and some of the hops
-failing now and then. Nodes, cost and interval stay the scenario's.
+every hop of every environment made faster or slower by a factor of its own. Nodes, cost and
+interval stay the scenario's.
 """
 
 from __future__ import annotations
@@ -34,23 +34,16 @@ class Mixture:
         own_share: Share of the environments with the scenario's own conditions, unchanged.
         bandwidth: Range of the factors on each hop's bandwidth elsewhere, drawn log-uniformly.
         delay: Range of the factors on each hop's delay elsewhere, likewise.
-        failing_share: Share of the hops elsewhere that fall silent now and then.
-        up_s: Range of such a hop's mean time between two silences, drawn log-uniformly.
-        silent_s: Range of its silences' mean length, likewise.
     """
 
     own_share: float = 0.5
     bandwidth: tuple[float, float] = (0.02, 2.0)
     delay: tuple[float, float] = (0.5, 2.0)
-    failing_share: float = 0.5
-    up_s: tuple[float, float] = (10.0, 200.0)
-    silent_s: tuple[float, float] = (0.3, 10.0)
 
     def __post_init__(self) -> None:
-        for name in ("own_share", "failing_share"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ConfigError(f"{name} must lie in 0..1, got {getattr(self, name)}")
-        for name in ("bandwidth", "delay", "up_s", "silent_s"):
+        if not 0.0 <= self.own_share <= 1.0:
+            raise ConfigError(f"own_share must lie in 0..1, got {self.own_share}")
+        for name in ("bandwidth", "delay"):
             low, high = getattr(self, name)
             if not 0.0 < low <= high:
                 raise ConfigError(f"mixed {name} must be a range above 0, got {low}..{high}")
@@ -142,7 +135,6 @@ class MixedConditions:
             for low, high in (self._mixture.bandwidth, self._mixture.delay)
         )
         self._faster[:own] = self._longer[:own] = 1.0
-        self._begin_silences(seed)
         capacity_rps = self._model.capacity_at(self._speed, self._bytes_per_s * self._faster)
         rate = rng.uniform(*self._rates, size=self._groups) * capacity_rps
         first = 0
@@ -151,20 +143,6 @@ class MixedConditions:
             part.reset(int(rng.integers(2**62)))
             first += part.batch
         self.rate_rps: F64 = np.repeat(rate, self.copies)
-
-    def _begin_silences(self, seed: int) -> None:
-        """Draw which hops fail, and how often; the first state is a moment of a long run."""
-        rng = self._silences = np.random.default_rng([seed, 7])
-        shape = self._faster.shape
-        up_s, silent_s = (
-            np.exp(rng.uniform(np.log(low), np.log(high), size=shape))
-            for low, high in (self._mixture.up_s, self._mixture.silent_s)
-        )
-        fails = rng.random(shape) < self._mixture.failing_share
-        fails[: self.n_own // self.copies] = False
-        self._falls_silent = np.where(fails, -np.expm1(-self.substep_s / up_s), 0.0)
-        self._stays_silent = np.exp(-self.substep_s / silent_s)
-        self._silent = fails & (rng.random(shape) * (up_s + silent_s) < silent_s)
 
     def next(self) -> IntervalConditions:
         """The next interval's conditions."""
@@ -178,12 +156,8 @@ class MixedConditions:
 
         first = np.cumsum([0, *(part.batch for part in self._parts[:-1])])
         delay_s = joined("hop_delay_s") * self._longer[:, :, None]
-        carried = joined("hop_bytes_per_s") * self._faster[:, :, None]
-        for k, uniform in enumerate(self._silences.random((self._substeps, *self._silent.shape))):
-            carried[:, :, k][self._silent] = 0.0
-            self._silent = uniform < np.where(self._silent, self._stays_silent, self._falls_silent)
         mixed = IntervalConditions(
-            hop_bytes_per_s=carried,
+            hop_bytes_per_s=joined("hop_bytes_per_s") * self._faster[:, :, None],
             node_speed=joined("node_speed"),
             hop_delay_s=np.minimum(delay_s, MAX_ONE_WAY_DELAY_S),
             arrival_env=np.concatenate(
