@@ -202,8 +202,6 @@ def build_chain(model: str, weights: str = "none", seed: int = 0, device: str = 
     # Tracing may leave constants of the user's code in the network, so this one is traced too.
     cut = _Cut(network, model) if network.source else survey.cut
     if weights == "none":
-        if network.on_meta:
-            net.to_empty(device="cpu")
         _seed(net, network.input_shape, seed, model)
     elif weights != "DEFAULT" or not network.source:
         _load(net, trained_state(model) if weights == "DEFAULT" else stored_state(weights), weights,
@@ -247,12 +245,9 @@ def sample_input(seed: int, shape: tuple[int, ...] = INPUT_SHAPE) -> torch.Tenso
 @functools.cache
 def _survey(model: str) -> _Survey:
     network = load_network(model)
-    if not network.source:
-        network.module.to("meta")
     cut = _Cut(network, model)
     units = cut.units(network.module)
-    parameters = next(network.module.parameters(), None)
-    y = torch.zeros(network.input_shape, device=None if parameters is None else parameters.device)
+    y = torch.zeros(network.input_shape)
     cut_bytes = [y.nbytes]
     costs, writes_input = [], []
     for unit in units.values():

@@ -6,12 +6,15 @@ solver that only needs sizes from a stored profile never pays for it.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import importlib
 import importlib.util
 import logging
 import sys
+import types
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +40,6 @@ _INPUT_SHAPES = {"inception_v3": (1, 3, 299, 299)}
 # scale they were trained with.
 _WITHOUT_AUX = {"aux_logits": False, "transform_input": True, "init_weights": False}
 _ARGUMENTS: dict[str, dict[str, Any]] = {"googlenet": _WITHOUT_AUX, "inception_v3": _WITHOUT_AUX}
-# What a batch norm keeps beside parameters; any other buffer is a table made by the constructor.
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 _log = logging.getLogger(__name__)
 _op_schemas: list[Any] = []  # a torch Library's definitions die with the object
@@ -49,8 +50,8 @@ class Network:
     """A model before it is cut.
 
     Attributes:
-        module: The module, in inference mode. Its parameters are on the meta device (shapes
-            without memory) where the constructor allows that, else on the CPU.
+        module: The module on the CPU, in inference mode; the parameters of torchvision's models
+            have no values yet (whatever lies in their memory).
         input_shape: Shape of its one float32 input.
         source: The bytes of the user's file it comes from; empty for torchvision's.
     """
@@ -58,11 +59,6 @@ class Network:
     module: nn.Module
     input_shape: tuple[int, ...]
     source: bytes = b""
-
-    @property
-    def on_meta(self) -> bool:
-        """Whether its parameters have no memory yet."""
-        return any(p.is_meta for p in self.module.parameters())
 
 
 def load_network(model: str) -> Network:
@@ -81,15 +77,29 @@ def load_network(model: str) -> Network:
         return _own_network(*reference)
     models = torchvision_models()
     make = functools.partial(models.get_model, model, weights=None, **_ARGUMENTS.get(model, {}))
-    try:
-        with torch.device("meta"):
-            module: nn.Module = make()
-        made_tables = any(not name.endswith(_STATISTICS) for name, _ in module.named_buffers())
-    except NotImplementedError:  # RegNet computes its widths with tensors
-        made_tables = True
-    if made_tables:
-        module = make()
+    with _values_left_out():
+        module: nn.Module = make()
     return Network(module.eval(), _INPUT_SHAPES.get(model, INPUT_SHAPE))
+
+
+@contextlib.contextmanager
+def _values_left_out() -> Iterator[None]:
+    """Let modules made within draw no first values, which are to be replaced.
+
+    Drawing VGG16's takes a second, and touches all of its memory. (On the meta device there would
+    be nothing to draw, but most of its operations import torch's compiler: 67 MiB and 2 s.)
+    """
+    functions = vars(nn.init)
+    fillers = {name: f for name, f in functions.items() if name[0] != "_" and name[-1] == "_"}
+    functions.update(dict.fromkeys(fillers, _left_as_it_is))
+    try:
+        yield
+    finally:
+        functions.update(fillers)
+
+
+def _left_as_it_is(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return tensor
 
 
 def check_model(model: str) -> str:
@@ -180,21 +190,59 @@ def _own_network(path: Path, function: str) -> Network:
 def torchvision_models() -> Any:
     """torchvision.models, also where torchvision's compiled operators do not match torch.
 
-    Such an install (a CUDA build of torchvision beside a CPU build of torch) refuses to import for
-    want of the schemas of two operators that no model here uses. Declaring them is enough.
+    A CUDA build of torchvision beside a CPU build of torch refuses to import for want of the
+    schemas of two operators that no model here uses. Declaring them is enough.
     """
     try:
-        return importlib.import_module("torchvision.models")
+        return _import_models()
     except RuntimeError as error:
         if "operator torchvision::" not in str(error):
             raise
         _log.info("torchvision's compiled operators are missing; declaring their schemas")
-    for name in [m for m in sys.modules if m.partition(".")[0] == "torchvision"]:
-        del sys.modules[name]
     make_library: Any = torch.library.Library  # untyped in some versions of torch
     library = make_library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, name):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _op_schemas.append(library)
-    return importlib.import_module("torchvision.models")
+    return _import_models()
+
+
+def _import_models() -> Any:
+    """Import torchvision.models anew; torch's compiler comes along only where it has to."""
+    for without in (_compiler_left_out, contextlib.nullcontext):
+        for name in [m for m in sys.modules if m.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        with without():
+            try:
+                return importlib.import_module("torchvision.models")
+            except ImportError:  # this version asks the compiler for more
+                if without is contextlib.nullcontext:
+                    raise
+    raise AssertionError("unreachable")
+
+
+@contextlib.contextmanager
+def _compiler_left_out() -> Iterator[None]:
+    """Keep `torchvision.ops.roi_align`, which no model here uses, from importing torch's compiler.
+
+    It takes one function from there, at 67 MiB and 2 s of CPU time for every node. It gets one that
+    imports the compiler when it is called.
+    """
+    names = ("torch._dynamo", "torch._dynamo.utils")
+    if names[0] in sys.modules:
+        yield
+        return
+    stand_ins: list[Any] = [types.ModuleType(name) for name in names]
+    stand_ins[0].__path__ = []
+    stand_ins[1].is_compile_supported = _is_compile_supported
+    sys.modules.update(zip(names, stand_ins, strict=True))
+    try:
+        yield
+    finally:
+        for name in names:
+            sys.modules.pop(name, None)
+
+
+def _is_compile_supported(device_type: str) -> bool:
+    return bool(importlib.import_module("torch._dynamo.utils").is_compile_supported(device_type))
