@@ -209,17 +209,21 @@ def torchvision_models() -> Any:
 
 
 def _import_models() -> Any:
-    """Import torchvision.models anew; torch's compiler comes along only where it has to."""
-    for without in (_compiler_left_out, contextlib.nullcontext):
-        for name in [m for m in sys.modules if m.partition(".")[0] == "torchvision"]:
+    """Import torchvision.models; torch's compiler comes along only where it has to."""
+    try:
+        with _compiler_left_out():
+            return _imported("torchvision.models")
+    except ImportError:  # this version asks the compiler for more
+        return _imported("torchvision.models")
+
+
+def _imported(module: str) -> Any:
+    """The module, with nothing left of an import of its package that failed."""
+    package = module.partition(".")[0]
+    if package not in sys.modules:
+        for name in [m for m in sys.modules if m.partition(".")[0] == package]:
             del sys.modules[name]
-        with without():
-            try:
-                return importlib.import_module("torchvision.models")
-            except ImportError:  # this version asks the compiler for more
-                if without is contextlib.nullcontext:
-                    raise
-    raise AssertionError("unreachable")
+    return importlib.import_module(module)
 
 
 @contextlib.contextmanager

@@ -277,7 +277,8 @@ def test_nothing_of_torch_s_compiler_is_loaded_for_a_model():
 
 
 def test_what_torchvision_left_out_of_the_compiler_is_there_when_it_is_used():
-    torchvision_models()
+    models = torchvision_models()
+    assert torchvision_models.__wrapped__() is models  # what is there is not imported again
     roi_align = importlib.import_module("torchvision.ops.roi_align")
     if "is_compile_supported" not in vars(roi_align):
         pytest.skip("this torchvision asks the compiler nothing")
