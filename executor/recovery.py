@@ -48,6 +48,7 @@ MAX_TRIES = 12
 SILENT_AFTER_S = 0.7
 # A node dials a silent neighbour anew after 4 s, and what was on its way is lost then.
 MOST_PATIENCE_S = 3.5
+_TOGETHER_S = 0.4  # two heartbeats
 _GREET_PERIOD_S = 0.2
 # After so many losses at one node a request looks for a way around it, whatever its heartbeats say.
 _LOSSES = 2
@@ -349,16 +350,15 @@ class Recovery:
         Call it when all that has come was taken in: silence is judged here alone, so that a pause
         of the client's own process does not make every node look silent.
         """
-        # What a node says comes through those before it, as often as they pass it on: the hop to
-        # the first that is not heard is the silent one, and patience is with that hop.
-        every_s, patience_s = 0.0, 0.0
-        for node, hop_s in zip(self._nodes, (SILENT_AFTER_S, *self.patience_s), strict=True):
+        # What a node says comes through those before it, as often as they pass it on: where some
+        # fell silent at about the same time, it is the hop to the first of them.
+        every_s, quiet = 0.0, [now_s - node.heard_s for node in self._nodes]
+        limits_s = (SILENT_AFTER_S, *self.patience_s)
+        for node, quiet_s in zip(self._nodes, quiet, strict=True):
             every_s = max(every_s, node.every_s)
-            quiet_s = now_s - node.heard_s
-            if not patience_s and quiet_s > silent_after_s(SILENT_AFTER_S, every_s):
-                patience_s = hop_s
-            limit_s = silent_after_s(patience_s or SILENT_AFTER_S, every_s)
-            node.silent = quiet_s > limit_s
+            since_s = quiet_s - silent_after_s(_TOGETHER_S, every_s)
+            first = next(k for k, other_s in enumerate(quiet) if other_s >= since_s)
+            node.silent = quiet_s > silent_after_s(limits_s[first], every_s)
         self._break_quiet(now_s)
         self._down = self._judge()
         late = [seq for seq, request in self._open.items() if now_s >= request.deadline_s]

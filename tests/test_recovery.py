@@ -179,6 +179,18 @@ def test_a_silent_hop_is_gone_around_when_patience_ends():
     assert machine.down == {1, 2}
 
 
+def test_heartbeats_that_end_one_after_the_other_end_with_the_same_hop():
+    machine = started()
+    machine.patience_s = (2.0, 0.7)
+    machine.submitted(1, Plan((0, 0)), 30.0, 0.0)
+    hear(machine, [1], 0.3)  # the cloud's last came 0.3 s before the fog's
+    for tenth in range(4, 20):
+        hear(machine, [0], tenth / 10)
+        assert sent(machine.tick(tenth / 10)) == [] and machine.down == frozenset()
+    hear(machine, [0], 2.4)
+    assert sent(machine.tick(2.4)) == [(1, (N, N), 2, False)]
+
+
 def test_the_second_hop_has_a_patience_of_its_own():
     machine = started()
     machine.patience_s = (0.7, 2.0)
