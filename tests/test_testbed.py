@@ -13,6 +13,7 @@ from local_nodes import SMALL_NET, until
 from executor.errors import ConfigError, HandshakeError, RequestError
 from executor.model import build_chain, sample_input
 from executor.plan import Plan
+from executor.recovery import MOST_PATIENCE_S, SILENT_AFTER_S
 from executor.testbed import Testbed, TestbedHop, TestbedNode
 
 MODEL = SMALL_NET
@@ -151,9 +152,15 @@ def test_a_cut_hop_fails_requests_or_delays_them_and_recovers(calm, testbed, exp
     client.close()
 
 
-def test_patience_is_checked_before_it_is_set(testbed):
+def test_who_is_patient_waits_for_a_silent_hop_and_who_is_not_goes_around_it(calm, testbed):
     client = testbed.client(timeout_s=DEADLINE_S)
-    client.be_patient((3.5, 0.7))
+    x = sample_input(2)
+    for patience_s, ran in ((MOST_PATIENCE_S, (0, 0)), (SILENT_AFTER_S, (N_UNITS, N_UNITS))):
+        client.be_patient((patience_s, SILENT_AFTER_S))
+        until(lambda: not any(node.down for node in client.status().values()), DEADLINE_S)
+        calm.play_rate(0, time.monotonic(), 2.5, [0.0, 400.0])
+        reply = client.submit(x, Plan((0, 0))).result(DEADLINE_S)
+        assert reply.record.plan == ran
     for wrong in ((1.0,), (1.0, 0.1), (1.0, 4.0)):
         with pytest.raises(ConfigError, match=r"patience_s takes 2 numbers from 0\.7 to 3\.5 s"):
             client.be_patient(wrong)
