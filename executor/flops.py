@@ -6,13 +6,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch.backends.mha
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-__all__ = ["FlopCounter"]
+__all__ = ["FlopCounter", "attention_in_parts"]
 
 _FORMULAS = dict(flop_registry)
 _ATEN = torch.ops.aten
@@ -25,8 +27,6 @@ if hasattr(_ATEN, "_scaled_dot_product_flash_attention_for_cpu"):  # torch knows
 class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # so in torch
     """A context manager that counts the operations of convolutions and matrix products within it.
 
-    Attention is computed by its parts within it: its fused kernel for inference has no formula.
-
     Attributes:
         total: Floating-point operations so far.
     """
@@ -34,17 +34,6 @@ class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # so in 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # so in torch
         self.total = 0
-        self._fused: list[bool] = []
-
-    def __enter__(self) -> FlopCounter:
-        self._fused.append(torch.backends.mha.get_fastpath_enabled())
-        torch.backends.mha.set_fastpath_enabled(False)
-        super().__enter__()  # type: ignore[no-untyped-call]  # so in torch
-        return self
-
-    def __exit__(self, *raised: Any) -> None:
-        super().__exit__(*raised)  # type: ignore[no-untyped-call]  # so in torch
-        torch.backends.mha.set_fastpath_enabled(self._fused.pop())
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -63,3 +52,14 @@ class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # so in 
         if formula is not None:
             self.total += formula(*args, **kwargs, out_val=out)
         return out
+
+
+@contextlib.contextmanager
+def attention_in_parts() -> Iterator[None]:
+    """Compute attention by its parts within: its fused layer for inference has no formula."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from executor._weights import digest_of, seed_weights, seeded_tensor, stored_state
 from executor.errors import ConfigError, StageAbandoned, one_line
-from executor.flops import FlopCounter
+from executor.flops import FlopCounter, attention_in_parts
 from executor.modelref import model_label
 from executor.networks import INPUT_SHAPE, Network, load_network, trained_state
 from executor.plan import ModelSpec, candidate_cuts
@@ -252,7 +252,7 @@ def _survey(model: str) -> _Survey:
     costs, writes_input = [], []
     for unit in units.values():
         version, entered = y._version, y
-        with torch.no_grad(), FlopCounter() as counter:
+        with torch.no_grad(), attention_in_parts(), FlopCounter() as counter:
             y = unit(y)
         writes_input.append(entered._version != version)
         cut_bytes.append(y.nbytes)

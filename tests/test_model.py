@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from executor._weights import seed_weights
 from executor.errors import ConfigError
-from executor.flops import FlopCounter
+from executor.flops import FlopCounter, attention_in_parts
 from executor.model import MODELS, build_chain, model_spec, sample_input
 from executor.networks import load_network, torchvision_models
 from executor.plan import Plan, candidate_cuts, candidate_plans, is_constrained, plan_mask
@@ -247,20 +247,13 @@ def test_operations_are_counted_as_torch_counts_them():
         nn.TransformerEncoderLayer(36, 4, 20, batch_first=True), nn.Linear(36, 5),
     ).eval()  # fmt: skip
     x = torch.zeros(1, 3, 10, 10)
-    with torch.no_grad(), FlopCounter() as counter:
-        net(x)
-    # Torch's own has no formula for the kernels that attention is fused into on the CPU.
-    assert torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with (
-            torch.no_grad(),
-            sdpa_kernel(SDPBackend.MATH),
-            FlopCounterMode(display=False) as expected,
-        ):
+    with torch.no_grad(), attention_in_parts():
+        with FlopCounter() as counter:
             net(x)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(True)
+        # Torch's own has no formula for the kernel that the products are fused into on the CPU.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as expected:
+            net(x)
+    assert torch.backends.mha.get_fastpath_enabled()
     assert counter.total == expected.get_total_flops() > 0
     assert FlopCounter().total == 0
     # Not wrapped in what imports torch's compiler at the first operation.
