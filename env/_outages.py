@@ -35,8 +35,8 @@ class Outages:
 
     Args:
         silent_s: [B, H] seconds, up to now, in which a hop has carried nothing.
-        patience_s: [H] after how many of them it is down. Nobody knows of those behind another
-            that is silent.
+        patience_s: [H] after how many of them it is down. Nothing more is heard of those behind
+            another that is silent; what was known of them stays.
 
     Attributes:
         first_down: [B] the first hop that is down; H where none is.
@@ -47,12 +47,14 @@ class Outages:
         self.silent_s, self._patience_s = silent_s, patience_s
         self.any = False
         if silent_s.any():
-            n_hops = silent_s.shape[1]
-            silent = silent_s >= SILENT_AFTER_S - 1e-9  # sums of sub-steps
-            row, first = np.arange(len(silent_s)), silent.argmax(axis=1)
-            down = silent[row, first] & (silent_s[row, first] >= patience_s[first] - 1e-9)
-            self.first_down: I64 = np.where(down, first, n_hops)
+            # How long one in front of it has been silent, so that nothing is known of a hop since.
+            unseen_s = np.maximum.accumulate(np.maximum(silent_s - SILENT_AFTER_S, 0.0), axis=1)
+            unseen_s = np.pad(unseen_s[:, :-1], ((0, 0), (1, 0)))
+            down = silent_s - unseen_s >= patience_s - 1e-9  # sums of sub-steps
             self.any = bool(down.any())
+            self.first_down: I64 = np.where(
+                down.any(axis=1), down.argmax(axis=1), silent_s.shape[1]
+            )
         else:
             self.first_down = np.full(len(silent_s), silent_s.shape[1])
 

@@ -126,6 +126,14 @@ def test_of_hops_behind_a_silent_one_nothing_is_known():
     assert seen[14:19] == [3, 3, 3, 3, 3] and seen[19:39] == [1] * 20 and seen[40] == 3
 
 
+def test_a_hop_known_to_be_down_stays_so_when_one_in_front_of_it_falls_silent():
+    model, tape = tape_with(between(10, 40, 0) | between(2, 40, 1))
+    model.patience_s = np.array([2.0, 2.0])
+    _, results = play(model, tape, (1, 3))
+    seen = [int(r.state.node_up.sum()) for r in results]
+    assert seen[:11] == [3] * 11 and seen[11:19] == [2] * 8 and seen[19:39] == [1] * 20
+
+
 @pytest.mark.parametrize("name", ["alexnet", "vgg16", "mobilenet_v2"])
 def test_patience_is_what_the_way_around_costs_more_in_seconds_of_latency(name):
     scenario = Scenario.load()
