@@ -47,3 +47,15 @@ def test_calibration_asks_no_start_of_stages_that_hardly_differ() -> None:
     for node, was in zip(found.nodes, profile.nodes, strict=True):
         slower = np.array(node.unit_s)[[0, 2]] / np.array(was.unit_s)[[0, 2]]
         assert (slower > 0.8).all() and node.stage_overhead_s == 0.0
+
+
+def test_calibration_meets_mean_times_where_they_scatter() -> None:
+    profile = toy_profile(3)
+    plans = [(1, 3), (1, 5), (3, 4), (4, 5)] * 2
+    records = [
+        record for scale in (0.5, 1.5) for record in _records(profile, plans, scale, 0.5 * scale)
+    ]
+    found = fit_calibration(profile, records)
+    for node, was in zip(found.nodes, profile.nodes, strict=True):
+        np.testing.assert_allclose(node.unit_s, was.unit_s, rtol=1e-6)
+        assert np.isclose(node.stage_overhead_s, 0.5, rtol=1e-6)

@@ -5,10 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from toy_chain import constant_scenario, toy_profile
 
 from agents import evaluate, sim_to_real
-from agents.studies.sim_to_real import summary
+from agents.arms.controllers import Static
+from agents.studies.compare import run_arm
+from agents.studies.sim_to_real import as_fast_as_in, summary
+from env.predict import CostModel
+from env.simulator import Simulator
+from executor.plan import Plan
 
 MODEL = """
 from torch import nn
@@ -27,12 +34,15 @@ def row(mean: tuple[float, float], node: tuple[float, float], load: float = 0.1)
                 "hop_ms": [4.0, 0.0]}  # fmt: skip
 
     return {"mbps": 20.0, "load": load, "plan": [1, 2], "requests": 3,
-            "measured": figures(0), "again": [], "simulated": figures(1)}  # fmt: skip
+            "measured": figures(0), "again": [], "simulated": figures(1),
+            "corrected": figures(0)}  # fmt: skip
 
 
 def test_errors_are_absolute_shares_of_what_was_measured() -> None:
     rows = [row((100.0, 90.0), (10.0, 12.0)), row((50.0, 60.0), (0.5, 9.0))]
-    mape = summary(rows, ["edge", "fog", "cloud"])["mape"]
+    found = summary(rows, ["edge", "fog", "cloud"])
+    mape = found["mape"]
+    assert found["corrected"] == {"mean": 0.0, "p95": 0.0}
     assert mape["mean"] == pytest.approx(0.15) and mape["p95"] == pytest.approx(0.15)
     # Half a millisecond is too short to be judged, and the fog ran nothing.
     assert mape["nodes"] == {"edge": pytest.approx(0.2), "fog": None, "cloud": 0.0}
@@ -48,6 +58,19 @@ def test_cells_measured_again_tell_how_far_the_nodes_repeat_themselves() -> None
     ]  # fmt: skip
     again = summary([one, two], names)["again"]
     assert again == {"mean": pytest.approx(0.2), "p95": pytest.approx(0.1)}
+
+
+def test_a_profile_is_corrected_by_how_fast_the_nodes_were_in_a_run() -> None:
+    profile, plan = toy_profile(3), Plan((2, 4))
+    factors = (1.5, 0.8, 1.0)
+    nodes = tuple(n.scaled(f) for n, f in zip(profile.nodes, factors, strict=True))
+    truth = CostModel(profile.with_changes(nodes=nodes), constant_scenario(50.0))
+    simulator = Simulator(truth, 1, 0, rate_rps=5.0, record_requests=True)
+    run = run_arm(simulator, Static("plan", plan), seed=0, n_intervals=9)
+    assert run.spent.completed[0] > 9
+    found = as_fast_as_in(run, profile, plan)
+    for node, true in zip(found.nodes, truth.profile.nodes, strict=True):
+        np.testing.assert_allclose(node.unit_s, true.unit_s, rtol=1e-6)
 
 
 def test_short_form_on_the_testbed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,7 +94,7 @@ def test_short_form_on_the_testbed(tmp_path: Path, capsys: pytest.CaptureFixture
     assert result["nodes"] == ["edge", "fog", "cloud"] and 1 <= len(result["rows"]) <= 4
     for cell in result["rows"]:
         assert cell["mbps"] == 40.0 and cell["load"] in (0.1, 0.7) and cell["requests"] > 0
-        for side in ("measured", "simulated"):
+        for side in ("measured", "simulated", "corrected"):
             assert cell[side]["mean_ms"] > 0 and len(cell[side]["node_ms"]) == 3
             assert len(cell[side]["hop_ms"]) == 2
     assert set(result["mape"]) == {"mean", "p95", "nodes", "hops"}
@@ -81,6 +104,7 @@ def test_short_form_on_the_testbed(tmp_path: Path, capsys: pytest.CaptureFixture
     shown = capsys.readouterr().out
     assert "mean absolute percentage error over" in shown
     assert "the same cells measured again" in shown
+    assert "with every node as fast as it was in the cell" in shown
 
 
 @pytest.mark.parametrize(
