@@ -35,13 +35,14 @@ def row(mean: tuple[float, float], node: tuple[float, float], load: float = 0.1)
 
     return {"mbps": 20.0, "load": load, "plan": [1, 2], "requests": 3,
             "measured": figures(0), "again": [], "simulated": figures(1),
-            "corrected": figures(0)}  # fmt: skip
+            "recalibrated": figures(1), "corrected": figures(0)}  # fmt: skip
 
 
 def test_errors_are_absolute_shares_of_what_was_measured() -> None:
     rows = [row((100.0, 90.0), (10.0, 12.0)), row((50.0, 60.0), (0.5, 9.0))]
     found = summary(rows, ["edge", "fog", "cloud"])
     mape = found["mape"]
+    assert found["recalibrated"] == {k: mape[k] for k in ("mean", "p95")}
     assert found["corrected"] == {"mean": 0.0, "p95": 0.0}
     assert mape["mean"] == pytest.approx(0.15) and mape["p95"] == pytest.approx(0.15)
     # Half a millisecond is too short to be judged, and the fog ran nothing.
@@ -94,7 +95,7 @@ def test_short_form_on_the_testbed(tmp_path: Path, capsys: pytest.CaptureFixture
     assert result["nodes"] == ["edge", "fog", "cloud"] and 1 <= len(result["rows"]) <= 4
     for cell in result["rows"]:
         assert cell["mbps"] == 40.0 and cell["load"] in (0.1, 0.7) and cell["requests"] > 0
-        for side in ("measured", "simulated", "corrected"):
+        for side in ("measured", "simulated", "recalibrated", "corrected"):
             assert cell[side]["mean_ms"] > 0 and len(cell[side]["node_ms"]) == 3
             assert len(cell[side]["hop_ms"]) == 2
     assert set(result["mape"]) == {"mean", "p95", "nodes", "hops"}
@@ -104,6 +105,7 @@ def test_short_form_on_the_testbed(tmp_path: Path, capsys: pytest.CaptureFixture
     shown = capsys.readouterr().out
     assert "mean absolute percentage error over" in shown
     assert "the same cells measured again" in shown
+    assert "as recalibrated by the cells before: mean latency" in shown
     assert "with every node as fast as it was in the cell" in shown
 
 

@@ -1,10 +1,10 @@
 """The simulator held against the testbed, cell by cell, as plain numbers.
 
 `agents.sim_to_real` shows them. A cell is one plan at one bandwidth and one fraction of its own
-capacity; the same arrivals come on both sides. It is simulated twice: with the profile taken at the
-start, and with that corrected by how fast each node was in the cell itself. The second is no
-prediction. What is left there is the simulator's own error; what it takes off the first is that the
-nodes were not as fast as when they were profiled.
+capacity; the same arrivals come on both sides. It is simulated three times: with the profile taken
+at the start; with that recalibrated, as in deployment, by the cells before; and with every node as
+fast as it was in the cell itself. The last is no prediction: what is left there is the simulator's
+own error, and what it takes off the first is that nodes were not as fast as when profiled.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents.arms.controllers import Static
+from agents.arms.recalibrated import Recalibrated
 from agents.nodes import random_inputs, spread
 from agents.studies.compare import ArmRun, run_arm
 from env.conditions import BYTES_PER_S_PER_MBPS
@@ -108,6 +109,7 @@ def measure(
     source = random_inputs(profile.spec.input_shape)
     total = len(plans) * len(extent.bandwidths_mbps) * len(extent.loads)
     rows: list[dict[str, Any]] = []
+    recalibrated = profile
     overruns: dict[str, float] = {}
     for mbps in extent.bandwidths_mbps:
         for load in extent.loads:
@@ -119,22 +121,30 @@ def measure(
                 model = CostModel(profile, constant_scenario(base, mbps, float(steps)))
                 arm = Static("plan", plan)
                 runs: list[ArmRun] = []
+                believed = CostModel(recalibrated, model.scenario, model.references)
+                learning = Recalibrated(arm, believed)
                 # One that does not count: the first after another plan finds its weights cold.
                 client.submit(source(0), plan).result()
                 for _ in range(extent.repeats):
                     live = LiveSystem(model, client, source, testbed, rate)
                     try:
-                        runs.append(run_arm(live, arm, seed=SEED, n_intervals=steps))
+                        runs.append(run_arm(live, learning, seed=SEED, n_intervals=steps))
                         overruns = live.overrun_share()
                     finally:
                         live.close()
                 rtts_s = [hop.rtt_s for hop in profile.hops]
                 scenario = constant_scenario(base, mbps, float(steps), rtts_s)
-                virtual, corrected = (
-                    _simulated(CostModel(p, scenario), arm, rate, steps)
-                    for p in (profile, as_fast_as_in(runs[0], profile, plan))
-                )
-                if all(len(run.latency_s) for run in (*runs, virtual, corrected)):
+                known = {
+                    "simulated": profile,
+                    "recalibrated": recalibrated,
+                    "corrected": as_fast_as_in(runs[0], profile, plan),
+                }
+                virtual = {
+                    name: _simulated(CostModel(p, scenario), arm, rate, steps)
+                    for name, p in known.items()
+                }
+                recalibrated = believed.profile
+                if all(len(run.latency_s) for run in (*runs, *virtual.values())):
                     rows.append(
                         {
                             "mbps": mbps,
@@ -143,8 +153,7 @@ def measure(
                             "requests": len(runs[0].latency_s),
                             "measured": _figures(runs[0]),
                             "again": [_figures(run) for run in runs[1:]],
-                            "simulated": _figures(virtual),
-                            "corrected": _figures(corrected),
+                            **{name: _figures(run) for name, run in virtual.items()},
                         }
                     )
                 tell(len(rows), total)
@@ -183,7 +192,7 @@ def _figures(run: ArmRun) -> dict[str, Any]:
 
 
 def error(row: dict[str, Any], what: str, which: str = "simulated") -> float:
-    """Simulated over measured, less 1; `which`: or "corrected"."""
+    """Simulated over measured, less 1; `which`: or "recalibrated", or "corrected"."""
     return float(row[which][what] / row["measured"][what] - 1.0)
 
 
@@ -191,7 +200,8 @@ def summary(rows: Sequence[dict[str, Any]], nodes: Sequence[str]) -> dict[str, A
     """Mean absolute percentage errors: of mean and p95 latency, per node and per hop.
 
     A node or hop counts in the cells where it took at least 1 ms; None where there are none.
-    `corrected` has those of latency with every node as fast as it was in the cell. Where
+    `recalibrated` has those of latency with the profile as corrected by the cells before, and
+    `corrected` with every node as fast as it was in the cell. Where
     cells were measured again, `again` is by how much that differs from the first time: what no
     prediction can be better than, but by luck.
 
@@ -225,9 +235,12 @@ def summary(rows: Sequence[dict[str, Any]], nodes: Sequence[str]) -> dict[str, A
             "nodes": parts("node_ms", nodes),
             "hops": parts("hop_ms", hops),
         },
-        "corrected": {
-            name: float(np.mean([abs(error(r, f"{name}_ms", "corrected")) for r in rows]))
-            for name in ("mean", "p95")
+        **{
+            which: {
+                name: float(np.mean([abs(error(r, f"{name}_ms", which)) for r in rows]))
+                for name in ("mean", "p95")
+            }
+            for which in ("recalibrated", "corrected")
         },
     }
 
@@ -241,8 +254,13 @@ def lines(result: dict[str, Any]) -> list[str]:
         f"mean absolute percentage error over {len(result['rows'])} cells: mean latency "
         f"{mape['mean']:.1%}, p95 {mape['p95']:.1%}",
         f"in nodes and on hops: {each}",
-        f"with every node as fast as it was in the cell (the simulator's own error; no prediction):"
-        f" mean latency {result['corrected']['mean']:.1%}, p95 {result['corrected']['p95']:.1%}",
+        *(
+            f"{what}: mean latency {result[which]['mean']:.1%}, p95 {result[which]['p95']:.1%}"
+            for which, what in (
+                ("recalibrated", "with the profile as recalibrated by the cells before"),
+                ("corrected", "no prediction, with every node as fast as it was in the cell"),
+            )
+        ),
     ]
     again = result["again"]
     if again["mean"] is not None:
