@@ -71,9 +71,9 @@ class Recalibration:
     frame_overhead_s: tuple[float, ...]
 
     def of(self, profile: Profile) -> Profile:
-        """The profile corrected; a stage's overhead is none of the node's speed, and stays."""
+        """The profile corrected: units and what a stage takes to begin, as both are measured."""
         nodes = tuple(
-            replace(node.scaled(factor), stage_overhead_s=node.stage_overhead_s)
+            node.scaled(factor)
             for node, factor in zip(profile.nodes, self.node_factors, strict=True)
         )
         hops = tuple(
@@ -150,8 +150,7 @@ class Recalibrator:
         """Profiled seconds of a plan's stages, [N], and the number of hops it crosses."""
         if cuts not in self._expected:
             table = PlanTable(self._profile, [Plan(cuts)])
-            overhead_s = np.array([node.stage_overhead_s for node in self._profile.nodes])
-            work_s = np.where(table.runs[0], table.work_s[0] - overhead_s, 0.0)
+            work_s = np.where(table.runs[0], table.work_s[0], 0.0)
             self._expected[cuts] = work_s, int(table.crossed[0].sum())
         return self._expected[cuts]
 
