@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import importlib.util
 import io
@@ -252,12 +253,28 @@ def onnx_unit(unit: nn.Module, x: torch.Tensor) -> _Session:
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    # Arenas and spinning threads would cost each session memory and CPU that others need.
-    options.enable_cpu_mem_arena = False
+    # An arena or spinning threads of its own would cost each session memory and CPU that others
+    # need; without any arena glibc keeps more of what was freed.
+    _share_arena()
+    options.add_session_config_entry("session.use_env_allocators", "1")
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     model, shared = _exported(unit, x)
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     return _Session(session, shared)
+
+
+@functools.cache
+def _share_arena() -> None:
+    """Let all sessions of this process allocate from one arena, which grows by what is asked."""
+    import onnxruntime as ort
+
+    memory = ort.OrtMemoryInfo(
+        "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
+    )
+    no_limit, as_requested, default = 0, 1, -1
+    ort.create_and_register_allocator(
+        memory, ort.OrtArenaCfg(no_limit, as_requested, default, default)
+    )
 
 
 def _exported(unit: nn.Module, x: torch.Tensor) -> tuple[bytes, dict[str, Any]]:
