@@ -174,11 +174,12 @@ def _line(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[float, float]
     """(slope, intercept), neither below 0, of least error relative to x; all x, y are positive."""
     if not len(x):
         return 1.0, 0.0
-    through_origin = float(np.mean(y / x))
+    ratio = y / x
+    through_origin = float(np.mean(ratio))
     if x.max() < LEAST_SPREAD * x.min():
         return through_origin, 0.0
-    relative = np.stack([np.ones(len(x)), 1.0 / x], axis=1)
-    slope, intercept = np.linalg.lstsq(relative, y / x, rcond=None)[0]
+    design = np.stack([np.ones(len(x)), 1.0 / x], axis=1)
+    slope, intercept = np.linalg.lstsq(design, ratio, rcond=None)[0]
     if slope <= 0.0 or intercept <= 0.0:
         return through_origin, 0.0
     return float(slope), float(intercept)

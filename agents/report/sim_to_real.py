@@ -8,7 +8,7 @@ from typing import Any
 
 from agents.report.figures import scatter_figure
 from agents.report.page import Page, Section, Table, figure, made_section, render
-from agents.studies.sim_to_real import error, lines
+from agents.studies.sim_to_real import OTHER_PROFILES, error, lines
 from executor.plan import Plan
 
 __all__ = ["write_page"]
@@ -85,10 +85,7 @@ def write_page(result: dict[str, Any], directory: Path) -> Path:
                     "value": f"{result[which]['mean']:.1%} / {result[which]['p95']:.1%}",
                     "label": f"both, {what}",
                 }
-                for which, what in (
-                    ("recalibrated", "recalibrated by the cells before"),
-                    ("corrected", "with every node as fast as it was in the cell"),
-                )
+                for which, what in OTHER_PROFILES.items()
             ),
             {"value": str(len(rows)), "label": "cells: plan x bandwidth x load"},
         ],

@@ -10,7 +10,7 @@ own error, and what it takes off the first is that nodes were not as fast as whe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -31,13 +31,27 @@ from executor.plan import Plan, candidate_plans
 from executor.profile import Profile
 from executor.testbed import Testbed
 
-__all__ = ["MAX_IN_FLIGHT", "SEED", "Extent", "error", "lines", "measure", "summary"]
+__all__ = [
+    "MAX_IN_FLIGHT",
+    "OTHER_PROFILES",
+    "SEED",
+    "Extent",
+    "error",
+    "lines",
+    "measure",
+    "summary",
+]
 
 IDLE, BUSY = 0.1, 0.7  # of the plan's own capacity
 SEED = 42
 MAX_IN_FLIGHT = 64
 LEAST_MS = 1.0  # shorter stages and transfers are not judged in per cent
 MAX_OVERRUN_SHARE = 0.01
+# Beside the profile of the start.
+OTHER_PROFILES = {
+    "recalibrated": "with the profile as recalibrated by the cells before",
+    "corrected": "no prediction, with every node as fast as it was in the cell",
+}
 
 
 @dataclass(frozen=True)
@@ -61,19 +75,11 @@ class Extent:
     repeats: int = 1
 
 
-def constant_scenario(
-    base: Scenario, mbps: float, episode_s: float, rtts_s: Sequence[float] = ()
-) -> Scenario:
-    """`base` with every hop at `mbps`, nodes unloaded and Poisson arrivals of constant rate.
-
-    Hops take half of `rtts_s` one way where given: as measured, what handles a frame included.
-    """
-    delays_s: list[float | Process] = [h.one_way_delay_s for h in base.hops]
-    if rtts_s:
-        delays_s = [t / 2.0 for t in rtts_s]
+def constant_scenario(base: Scenario, mbps: float, episode_s: float) -> Scenario:
+    """`base` with every hop at `mbps`, nodes unloaded and Poisson arrivals of constant rate."""
     return base.replace(
         nodes=tuple(NodeSetup(n.name, n.device, n.ratio) for n in base.nodes),
-        hops=tuple(HopSetup(Process(levels=(mbps,)), delay_s) for delay_s in delays_s),
+        hops=tuple(HopSetup(Process(levels=(mbps,)), h.one_way_delay_s) for h in base.hops),
         arrivals=Process(),
         max_in_flight=MAX_IN_FLIGHT,
         episode_s=episode_s,
@@ -109,6 +115,13 @@ def measure(
     source = random_inputs(profile.spec.input_shape)
     total = len(plans) * len(extent.bandwidths_mbps) * len(extent.loads)
     rows: list[dict[str, Any]] = []
+    # Simulated hops take what pings took, the handling of a frame included.
+    pinged = base.replace(
+        hops=tuple(
+            replace(setup, one_way_delay_s=hop.rtt_s / 2.0)
+            for setup, hop in zip(base.hops, profile.hops, strict=True)
+        )
+    )
     recalibrated = profile
     overruns: dict[str, float] = {}
     for mbps in extent.bandwidths_mbps:
@@ -132,8 +145,7 @@ def measure(
                         overruns = live.overrun_share()
                     finally:
                         live.close()
-                rtts_s = [hop.rtt_s for hop in profile.hops]
-                scenario = constant_scenario(base, mbps, float(steps), rtts_s)
+                scenario = constant_scenario(pinged, mbps, float(steps))
                 known = {
                     "simulated": profile,
                     "recalibrated": recalibrated,
@@ -192,7 +204,7 @@ def _figures(run: ArmRun) -> dict[str, Any]:
 
 
 def error(row: dict[str, Any], what: str, which: str = "simulated") -> float:
-    """Simulated over measured, less 1; `which`: or "recalibrated", or "corrected"."""
+    """Simulated over measured, less 1; `which`: or one of `OTHER_PROFILES`."""
     return float(row[which][what] / row["measured"][what] - 1.0)
 
 
@@ -240,7 +252,7 @@ def summary(rows: Sequence[dict[str, Any]], nodes: Sequence[str]) -> dict[str, A
                 name: float(np.mean([abs(error(r, f"{name}_ms", which)) for r in rows]))
                 for name in ("mean", "p95")
             }
-            for which in ("recalibrated", "corrected")
+            for which in OTHER_PROFILES
         },
     }
 
@@ -256,10 +268,7 @@ def lines(result: dict[str, Any]) -> list[str]:
         f"in nodes and on hops: {each}",
         *(
             f"{what}: mean latency {result[which]['mean']:.1%}, p95 {result[which]['p95']:.1%}"
-            for which, what in (
-                ("recalibrated", "with the profile as recalibrated by the cells before"),
-                ("corrected", "no prediction, with every node as fast as it was in the cell"),
-            )
+            for which, what in OTHER_PROFILES.items()
         ),
     ]
     again = result["again"]
