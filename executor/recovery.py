@@ -48,7 +48,8 @@ MAX_TRIES = 12
 SILENT_AFTER_S = 0.7
 # A node dials a silent neighbour anew after 4 s, and what was on its way is lost then.
 MOST_PATIENCE_S = 3.5
-_TOGETHER_S = 0.4  # two heartbeats
+# A node that was heard so often since one behind it was is not what keeps that one from being heard.
+_PASSED_ON = 5
 _GREET_PERIOD_S = 0.2
 # After so many losses at one node a request looks for a way around it, whatever its heartbeats say.
 _LOSSES = 2
@@ -161,6 +162,8 @@ class _Node:
     refused: str = ""
     stalled_s: float = 0.0
     every_s: float = 0.0
+    n_heard: int = 0
+    n_before: tuple[int, ...] = ()  # how often those before it had been heard when it last was
 
 
 class Recovery:
@@ -297,8 +300,8 @@ class Recovery:
             every_s: How often it says that its heartbeats come.
         """
         state = self._nodes[node]
-        state.heard_s, state.silent, state.stalled_s = now_s, False, stalled_s
-        state.every_s = every_s
+        state.stalled_s, state.every_s = stalled_s, every_s
+        self._heard(node, now_s)
         if boot != state.boot:
             state.boot = boot
             self._broken = {link for link in self._broken if link[0] != node}
@@ -325,7 +328,7 @@ class Recovery:
                 state.accepted = ""
         else:
             state.accepted = state.boot = boot
-            state.heard_s, state.silent = now_s, False
+            self._heard(node, now_s)
         return self._update(now_s)
 
     def link(self, up: bool, now_s: float) -> list[Instruction]:
@@ -350,15 +353,16 @@ class Recovery:
         Call it when all that has come was taken in: silence is judged here alone, so that a pause
         of the client's own process does not make every node look silent.
         """
-        # What a node says comes through those before it, as often as they pass it on: where some
-        # fell silent at about the same time, it is the hop to the first of them.
-        every_s, quiet = 0.0, [now_s - node.heard_s for node in self._nodes]
+        # What a node says comes through those before it: it is as silent as the first of them that
+        # was hardly heard since. (When a silence ends, they are heard again one after the other.)
         limits_s = (SILENT_AFTER_S, *self.patience_s)
-        for node, quiet_s in zip(self._nodes, quiet, strict=True):
-            every_s = max(every_s, node.every_s)
-            since_s = quiet_s - silent_after_s(_TOGETHER_S, every_s)
-            first = next(k for k, other_s in enumerate(quiet) if other_s >= since_s)
-            node.silent = quiet_s > silent_after_s(limits_s[first], every_s)
+        for k, node in enumerate(self._nodes):
+            since = zip(self._nodes, node.n_before, strict=False)
+            quiet = (j for j, (other, n) in enumerate(since) if other.n_heard - n < _PASSED_ON)
+            first = next(quiet, k)
+            every_s = max(other.every_s for other in self._nodes[: first + 1])
+            limit_s = silent_after_s(limits_s[first], every_s)
+            node.silent = now_s - self._nodes[first].heard_s > limit_s
         self._break_quiet(now_s)
         self._down = self._judge()
         late = [seq for seq, request in self._open.items() if now_s >= request.deadline_s]
@@ -371,6 +375,12 @@ class Recovery:
             text = "; ".join([f"request {seq}: no answer before its deadline", *hints])
             out.append(Fail(seq, "timeout", text))
         return out + self._update(now_s)
+
+    def _heard(self, node: int, now_s: float) -> None:
+        state = self._nodes[node]
+        state.heard_s, state.silent = now_s, False
+        state.n_heard += 1
+        state.n_before = tuple(other.n_heard for other in self._nodes[:node])
 
     def _update(self, now_s: float) -> list[Instruction]:
         """Judge the nodes anew; send what lost its way or has found one again."""

@@ -31,6 +31,13 @@ def hear(machine, nodes, now_s, **boots):
     return out
 
 
+def hear_until(machine, nodes, start_s, end_s):
+    """Their heartbeats ten times a second, and the last at the end."""
+    for k in range(1, int(10 * (end_s - start_s)) + 1):
+        hear(machine, nodes, start_s + k / 10)
+    hear(machine, nodes, end_s)
+
+
 def sent(instructions):
     return [(i.seq, i.plan.cuts, i.tries, i.direct) for i in instructions if isinstance(i, Send)]
 
@@ -152,10 +159,10 @@ def test_a_silent_node_is_gone_around_and_used_again():
     machine = started()
     assert sent(machine.submitted(1, Plan((3, 10)), 30.0, 0.0)) == [(1, (3, 10), 1, False)]
     late_s = SILENT_AFTER_S + 0.01
-    hear(machine, [0, 1], late_s)
+    hear_until(machine, [0, 1], 0.0, late_s)
     # Without the cloud the fog runs the rest; without the fog the edge does.
     assert sent(machine.tick(late_s)) == [(1, (3, N), 2, False)]
-    hear(machine, [0], 2 * late_s)
+    hear_until(machine, [0], late_s, 2 * late_s)
     assert machine.down == {2}  # silence is judged once all that came was taken in
     assert sent(machine.tick(2 * late_s)) == [(1, (N, N), 3, False)]
     assert machine.down == {1, 2}
@@ -191,12 +198,27 @@ def test_heartbeats_that_end_one_after_the_other_end_with_the_same_hop():
     assert sent(machine.tick(2.4)) == [(1, (N, N), 2, False)]
 
 
+def test_nodes_that_are_heard_again_one_after_the_other_were_silent_with_the_same_hop():
+    machine = started()
+    machine.patience_s = (3.5, SILENT_AFTER_S)
+    machine.submitted(1, Plan((0, 0)), 30.0, 0.0)
+    hear_until(machine, [0], 0.0, 2.5)
+    for now_s in (2.51, 2.56):  # what the fog said comes before what the cloud said
+        hear(machine, [0, 1], now_s)
+        assert sent(machine.tick(now_s)) == [] and machine.down == frozenset()
+    hear(machine, [2], 2.57)
+    hear_until(machine, [0, 1], 2.57, 3.2)
+    assert sent(machine.tick(3.2)) == [] and machine.down == frozenset()
+    hear(machine, [0, 1], 3.3)  # this silence is the second hop's, the fog was heard through it
+    assert sent(machine.tick(3.3)) == [(1, (0, N), 2, False)]
+
+
 def test_the_second_hop_has_a_patience_of_its_own():
     machine = started()
     machine.patience_s = (0.7, 2.0)
     machine.submitted(1, Plan((3, 10)), 30.0, 0.0)
-    for now_s, plans in ((1.9, []), (2.1, [(1, (3, N), 2, False)])):
-        hear(machine, [0, 1], now_s)
+    for start_s, now_s, plans in ((0.0, 1.9, []), (1.9, 2.1, [(1, (3, N), 2, False)])):
+        hear_until(machine, [0, 1], start_s, now_s)
         assert sent(machine.tick(now_s)) == plans
 
 
