@@ -25,6 +25,7 @@ from agents.cli import (
     positive_int,
     run_command,
 )
+from agents.nodes import not_valid
 from agents.report.evaluation import write_report
 from agents.report.terminal import TABLE_WIDTH, plot, table
 from agents.studies.cadence import cadence_table, run_each
@@ -39,7 +40,6 @@ from executor.netns import add_isolation_argument, check_isolation
 __all__ = ["main"]
 
 FIRST_SEED = 9000  # far from training's
-MAX_OVERRUN_SHARE = 0.01
 STUDIES = {
     "--sim-to-real": "agents.sim_to_real",
     "--paper-tables": "agents.paper_tables",
@@ -122,13 +122,8 @@ def _show(result: dict[str, Any], console: Console) -> None:
     for rate, part in result["by_rate"].items():
         title = f"{name}, {backend}, {rate} of capacity ({part['rate_rps']:.2f}/s)"
         console.print(table(title, part["arms"]))
-        for node, share in part["overrun_share"].items():
-            if share > MAX_OVERRUN_SHARE:
-                console.print(
-                    f"not valid: {share:.1%} of {node}'s stages ended late (at most "
-                    f"{MAX_OVERRUN_SHARE:.0%}); use a quieter machine or larger node ratios",
-                    markup=False,
-                )
+        for line in not_valid(part["overrun_share"]):
+            console.print(line, markup=False)
     if len(result["by_rate"]) > 1:
         console.print(table(f"{name}, {backend}, all rates", result["arms"]))
     for family, part in result.get("by_family", {}).items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +30,7 @@ from executor.testbed import Testbed, TestbedHop, TestbedNode
 __all__ = [
     "calibrate",
     "measure_profile",
+    "not_valid",
     "open_cluster",
     "open_testbed",
     "random_inputs",
@@ -40,6 +41,7 @@ log = logging.getLogger(__name__)
 
 Report = Callable[[str, int, int], None]
 INPUT_POOL = 8
+MAX_OVERRUN_SHARE = 0.01
 LEAST_SPREAD = 2.0  # longest stage over shortest, for a start to be told from a scale
 
 
@@ -49,6 +51,16 @@ def random_inputs(
     """A source of seeded random float32 inputs of a model's input shape, made once and cycled."""
     inputs = [sample_input(seed, shape) for seed in range(pool)]
     return lambda i: inputs[i % pool]
+
+
+def not_valid(overrun_share: Mapping[str, float]) -> list[str]:
+    """Why a run is not valid, a line for each such node (`LiveSystem.overrun_share`)."""
+    return [
+        f"not valid: {share:.1%} of {node}'s stages ended late (at most {MAX_OVERRUN_SHARE:.0%}); "
+        "use a quieter machine or larger node ratios"
+        for node, share in overrun_share.items()
+        if share > MAX_OVERRUN_SHARE
+    ]
 
 
 def start_testbed(

@@ -39,7 +39,7 @@ from agents.learning.finetuning import FinetuneSettings, Learner
 from agents.learning.online import BackgroundLearner, FineTuned, InlineLearner
 from agents.learning.policy import load_policy
 from agents.learning.training import TrainingSettings
-from agents.nodes import open_testbed
+from agents.nodes import not_valid, open_testbed
 from agents.report.terminal import TABLE_WIDTH
 from agents.studies.regained import Spent, analyse, worst_window
 from env.cost import Cost
@@ -221,6 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", type=model_argument, default="alexnet", help=MODEL_HELP)
     add("--backend", choices=("simulator", "testbed"), default="simulator")
+    add("--scenario", help="nodes and hops: TOML file or shipped name (default: default)")
     add("--minutes", type=positive_float, default=10.0, help="of each arm (default: 10)")
     add("--conditions", type=positive_int, default=6, help="simulator only: how many (default: 6)")
     add("--seed", type=int, default=52000, help="names the conditions (default: 52000)")
@@ -248,7 +249,7 @@ def _main(args: argparse.Namespace) -> int:
     name, console = model_label(args.model), Console()
     console.width = max(console.width, TABLE_WIDTH)
     directory = args.checkpoint or CHECKPOINTS / name
-    scenario = Scenario.load().replace(capacity_fraction=args.rate)
+    scenario = Scenario.load(args.scenario).replace(capacity_fraction=args.rate)
     error_s = args.rtt_ms / 1e3
     if args.write_profile is not None:
         profile = load_profile(directory / "profile.json", args.model, scenario)
@@ -294,6 +295,8 @@ def _main(args: argparse.Namespace) -> int:
         overruns = system.overrun_share() if isinstance(system, LiveSystem) else {}
     result = _result(args, name, spent, arms, overruns)
     console.print(_table(result))
+    for line in not_valid(overruns):
+        console.print(line, markup=False)
     if args.json is not None:
         write_json(args.json, result)
     if args.plot is not None:

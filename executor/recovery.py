@@ -48,7 +48,7 @@ MAX_TRIES = 12
 SILENT_AFTER_S = 0.7
 # A node dials a silent neighbour anew after 4 s, and what was on its way is lost then.
 MOST_PATIENCE_S = 3.5
-# A node that was heard so often since one behind it was is not what keeps that one from being heard.
+# A node heard so often since one behind it was is not what keeps that one from being heard.
 _PASSED_ON = 5
 _GREET_PERIOD_S = 0.2
 # After so many losses at one node a request looks for a way around it, whatever its heartbeats say.

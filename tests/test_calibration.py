@@ -1,4 +1,4 @@
-"""What calibration makes of a profile: `agents.nodes.fit_calibration`."""
+"""What calibration makes of a profile, and when a run on nodes counts: `agents.nodes`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 from toy_chain import toy_profile
 
-from agents.nodes import fit_calibration
+from agents.nodes import fit_calibration, not_valid
 from executor._records import RequestRecord
 from executor.profile import Profile
 
@@ -59,3 +59,9 @@ def test_calibration_meets_mean_times_where_they_scatter() -> None:
     for node, was in zip(found.nodes, profile.nodes, strict=True):
         np.testing.assert_allclose(node.unit_s, was.unit_s, rtol=1e-6)
         assert np.isclose(node.stage_overhead_s, 0.5, rtol=1e-6)
+
+
+def test_a_run_is_not_valid_where_more_than_a_hundredth_of_stages_ended_late() -> None:
+    assert not_valid({"edge": 0.0, "fog": 0.01}) == []
+    (line,) = not_valid({"edge": 0.0, "cloud": 0.023})
+    assert line.startswith("not valid: 2.3% of cloud's stages ended late (at most 1%)")

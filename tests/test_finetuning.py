@@ -370,6 +370,10 @@ def test_the_study_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "regained" in result["arms"]["solver-recalibrated"]
     assert "solver-recalibrated" in capsys.readouterr().out
     assert wrong_profile.main([*args, "--arms", "solver"]) == 2
+    arms = "solver-right,solver-wrong"
+    assert wrong_profile.main([*args, "--arms", arms, "--scenario", "lan"]) == 0
+    on_lan = json.loads(out.read_text())["arms"]
+    assert on_lan["solver-right"]["cost"] < 0.9 * costs["solver-right"]
     profile = tmp_path / "wrong.json"
     assert wrong_profile.main(["--write-profile", str(profile)]) == 0
     assert Profile.load(profile).nodes[1].unit_s[0] > 0

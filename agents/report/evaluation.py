@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from agents.nodes import not_valid
 from agents.report import figures
 from agents.report.page import Page, Section, Table, figure, interval, made_section, render
 from agents.report.verdicts import Verdict, ratio, reference_arm, subject_arm, verdicts
@@ -14,7 +15,6 @@ from executor.errors import ConfigError
 __all__ = ["write_report"]
 
 Arms = Mapping[str, Any]
-MAX_OVERRUN_SHARE = 0.01
 SHOWN_OVER_TIME = 6
 
 
@@ -105,12 +105,7 @@ class _Report:
         if self.result["seeds"] * self.result["repeats"] == 1:
             found.append("One condition per cell: intervals are points, and nothing is judged.")
         for rate, part in self.result["by_rate"].items():
-            for node, share in part["overrun_share"].items():
-                if share > MAX_OVERRUN_SHARE:
-                    found.append(
-                        f"Not valid at {rate}: {share:.1%} of {node}'s stages ended late (at most "
-                        f"{MAX_OVERRUN_SHARE:.0%})."
-                    )
+            found += [f"At {rate} {line}." for line in not_valid(part["overrun_share"])]
         return found
 
     def _against(self) -> Section:

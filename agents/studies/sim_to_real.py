@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from agents.arms.controllers import Static
 from agents.arms.recalibrated import Recalibrated
-from agents.nodes import random_inputs, spread
+from agents.nodes import not_valid, random_inputs, spread
 from agents.studies.compare import ArmRun, run_arm
 from env.conditions import BYTES_PER_S_PER_MBPS
 from env.live import LiveSystem
@@ -46,7 +46,6 @@ IDLE, BUSY = 0.1, 0.7  # of the plan's own capacity
 SEED = 42
 MAX_IN_FLIGHT = 64
 LEAST_MS = 1.0  # shorter stages and transfers are not judged in per cent
-MAX_OVERRUN_SHARE = 0.01
 # Beside the profile of the start.
 OTHER_PROFILES = {
     "recalibrated": "with the profile as recalibrated by the cells before",
@@ -277,9 +276,4 @@ def lines(result: dict[str, Any]) -> list[str]:
             f"the nodes beside themselves, the same cells measured again: mean latency "
             f"{again['mean']:.1%}, p95 {again['p95']:.1%}"
         )
-    late = {k: v for k, v in result["overrun_share"].items() if v > MAX_OVERRUN_SHARE}
-    found += [
-        f"not valid: {v:.1%} of {k}'s stages ended late (at most {MAX_OVERRUN_SHARE:.0%})"
-        for k, v in late.items()
-    ]
-    return found
+    return found + not_valid(result["overrun_share"])
