@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import hashlib
 import io
 import json
@@ -333,6 +334,13 @@ class ActorController:
         older = self._history[:, encoder.features :]
         history = np.concatenate([encoder.encode_state(state), older], axis=1)
         return self._best(history, state)
+
+    def take(self, rows: I64) -> ActorController:
+        """One that has seen what the environments `rows` of this one have."""
+        taken = copy.copy(self)
+        taken._past = collections.deque((x[rows] for x in self._past), self._past.maxlen)
+        taken._history = self._history[rows]
+        return taken
 
     def _best(self, history: F32, state: SystemState) -> I64:
         logits = self._actor.logits(self._actor.observe(history, state))
