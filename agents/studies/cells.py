@@ -156,16 +156,18 @@ class Cell:
         length_s = (self.startup + self.n_intervals) * self.model.scenario.interval_s
         scenario = self.model.scenario.replace(episode_s=length_s)
         with make_testbed_system(self.args, scenario, self.model.profile) as system:
-            for name in self.arms:
-                runs = []
-                for seed in [*self._seeds] * self.args.repeats:
+            runs: dict[str, list[ArmRun]] = {name: [] for name in self.arms}
+            # Arms take turns, so that what else the machine does hits all alike.
+            for seed in [*self._seeds] * self.args.repeats:
+                for name in self.arms:
                     controller = make_arm(name, self._context(1, seed))
                     if isinstance(system, LiveSystem):
                         system.glance = None
                         if self.args.per_request and isinstance(controller, Glancing):
                             system.glance = controller.glance
-                    runs.append(self._run(system, controller, seed))
-                self.runs[name] = ArmRun.stack(runs)
+                    runs[name].append(self._run(system, controller, seed))
+            for name in self.arms:
+                self.runs[name] = ArmRun.stack(runs[name])
                 self.decide_us[name] = 1e6 * float(np.mean(self.runs[name].decide_s))
             if isinstance(system, LiveSystem):
                 self.overruns = system.overrun_share()
