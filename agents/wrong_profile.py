@@ -196,9 +196,10 @@ def run(
     """
     model = system.model
     cost = Cost(model.profile, model.references, model.scenario)
+    batch = system.batch if isinstance(system, Simulator) else 1
+    controller.reset(model, batch)  # before the conditions begin: who learns starts a process
     state, last = system.reset(seed), None
-    controller.reset(model, state.batch)
-    ones = np.ones(state.batch)
+    ones = np.ones(batch)
     spent, arrived = [], []
     for _ in range(n_intervals):
         decision = controller.decide(state, last)

@@ -230,9 +230,16 @@ def test_finetuning_in_a_process_of_its_own(model: CostModel) -> None:
     assert result.model is not model
 
 
-def test_a_learner_that_was_closed_takes_no_more_windows(model: CostModel) -> None:
-    learner = BackgroundLearner()
+def test_a_learner_that_cannot_begin_or_was_closed_takes_no_windows(
+    model: CostModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    learner = BackgroundLearner()  # nothing to learn
+    assert "no lessons, as their process ended at its start" in caplog.text
+    with pytest.raises(RuntimeError):
+        learner.submit(a_window(model), model.profile)
     learner.close()
+    with pytest.raises(RuntimeError):
+        learner.submit(a_window(model), model.profile)
     with pytest.raises(RuntimeError):
         learner.submit(a_window(model), model.profile)
 

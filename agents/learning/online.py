@@ -13,6 +13,7 @@ import os
 import signal
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -86,6 +87,10 @@ def _begin(*args: Any) -> None:
     _learner = Learner(*args)
 
 
+def _ready() -> None:
+    """Nothing, once `_begin` is over."""
+
+
 def _learn(window: Window, profile: Profile) -> Lesson:
     assert _learner is not None
     return _learner.learn(window, profile)
@@ -94,6 +99,8 @@ def _learn(window: Window, profile: Profile) -> Lesson:
 class BackgroundLearner:
     """Gives lessons in a process of its own, at the lowest priority; for running nodes.
 
+    It is made once that process is ready, seconds later.
+
     Args:
         *args: As `agents.learning.finetuning.Learner` takes them.
     """
@@ -101,6 +108,11 @@ class BackgroundLearner:
     def __init__(self, *args: Any) -> None:
         context = multiprocessing.get_context("spawn")  # threads run here: no fork
         self._pool = ProcessPoolExecutor(1, context, _begin, args)
+        # To begin takes it seconds of CPU at the usual priority: before requests come, not beside.
+        try:
+            self._pool.submit(_ready).result()
+        except BrokenProcessPool as error:
+            log.error("no lessons, as their process ended at its start: %s", error)
 
     def submit(self, window: Window, profile: Profile) -> Future[Lesson]:
         """Ask for a lesson."""
