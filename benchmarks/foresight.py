@@ -33,6 +33,7 @@ from env.simulator import Simulator, Snapshot
 from env.splits import split
 from env.state import SystemState, idle_probes
 from env.tape import Tape, record_conditions
+from executor.errors import ConfigError
 from executor.files import write_json
 
 F64 = NDArray[np.float64]
@@ -62,7 +63,12 @@ def main(argv: list[str] | None = None) -> int:
         "policy": (PolicyController(checkpoint, ahead=Lookahead()), 0),
     }
     for told_s in numbers("--foresight", args.foresight, "seconds", "0.2,1", 60.0):
-        arms[f"told {told_s:g} s"] = PolicyController(checkpoint), round(told_s / args.interval)
+        told = round(told_s / args.interval)
+        if told < 1:
+            raise ConfigError(
+                f"--foresight: expected {args.interval:g} s (an interval) or more, got {told_s:g}"
+            )
+        arms[f"told {told_s:g} s"] = PolicyController(checkpoint), told
     startup = round(args.startup_s / args.interval)
     length = startup + round(args.seconds / args.interval)
     base = Scenario.load().replace(interval_s=args.interval)
