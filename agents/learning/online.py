@@ -82,9 +82,9 @@ _learner: Learner | None = None  # of a learner's own process
 def _begin(*args: Any) -> None:
     global _learner
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that serves
-    os.nice(19)
     torch.set_num_threads(1)
     _learner = Learner(*args)
+    os.nice(19)  # from here on; for this begin somebody waits
 
 
 def _ready() -> None:
