@@ -240,8 +240,6 @@ def test_a_learner_that_cannot_begin_or_was_closed_takes_no_windows(
     learner.close()
     with pytest.raises(RuntimeError):
         learner.submit(a_window(model), model.profile)
-    with pytest.raises(RuntimeError):
-        learner.submit(a_window(model), model.profile)
 
 
 def test_a_checkpoints_policy_goes_on_where_it_stood(model: CostModel, tmp_path: Path) -> None:
