@@ -27,7 +27,7 @@ from agents.cli import (
 )
 from agents.nodes import not_valid
 from agents.report.evaluation import write_report
-from agents.report.terminal import TABLE_WIDTH, plot, table
+from agents.report.terminal import TABLE_WIDTH, plot, simulated_table, table
 from agents.studies.cadence import cadence_table, run_each
 from agents.studies.comparison import compare
 from agents.studies.workers import WORKERS_HELP
@@ -124,6 +124,10 @@ def _show(result: dict[str, Any], console: Console) -> None:
         console.print(table(title, part["arms"]))
         for line in not_valid(part["overrun_share"]):
             console.print(line, markup=False)
+        if "simulated" in part:
+            slow = ", ".join(f"{k} {v:.2f}" for k, v in part["simulated"]["slowness"].items())
+            title = f"beside the simulator, nodes as they were ({slow} x as slow as profiled)"
+            console.print(simulated_table(title, part))
     if len(result["by_rate"]) > 1:
         console.print(table(f"{name}, {backend}, all rates", result["arms"]))
     for family, part in result.get("by_family", {}).items():

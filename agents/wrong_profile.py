@@ -21,7 +21,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from agents.arms.controllers import Controller, Decision, Solver
+from agents.arms.believing import Believing
+from agents.arms.controllers import Controller, Solver
 from agents.arms.per_row import PerRow
 from agents.arms.recalibrated import Recalibrated
 from agents.arms.runtime import Checkpoint, PolicyController
@@ -47,8 +48,7 @@ from env.live import LiveSystem
 from env.predict import CostModel
 from env.scenario import Scenario
 from env.simulator import Simulator
-from env.state import SystemState
-from env.system import StepResult, System
+from env.system import System
 from executor.errors import ConfigError
 from executor.figures import load_pyplot, save_figure
 from executor.files import write_json
@@ -95,21 +95,6 @@ def falsify(profile: Profile, slower: float = 2.0, rtt_error_s: float = 0.010) -
         for hop in profile.hops
     )
     return profile.with_changes(nodes=nodes, hops=hops)
-
-
-class Believing:
-    """A controller that decides with a cost model other than its system's."""
-
-    def __init__(self, controller: Controller, model: CostModel) -> None:
-        self.name, self._controller, self._model = controller.name, controller, model
-
-    def reset(self, model: CostModel, batch: int) -> None:
-        """Start over."""
-        self._controller.reset(self._model, batch)
-
-    def decide(self, state: SystemState, last: StepResult | None = None) -> Decision:
-        """What the controller decides with what it believes."""
-        return self._controller.decide(state, last)
 
 
 @dataclass

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from env.conditions import BYTES_PER_S_PER_MBPS, Conditions, IntervalConditions
 from env.cost import IntervalRecord
 from env.late import LateRule
-from env.predict import CostModel
+from env.predict import CostModel, PlanTable
 from env.state import SystemState
 from env.system import ARRIVAL_SMOOTHING_S, Completed, StepResult
 from executor.errors import RequestError, RequestRefused, SplitpilotError
@@ -124,6 +124,7 @@ class LiveSystem:
         self._open: list[_Open] = []
         self._sent = 0
         self._cuts = np.zeros((1, n_nodes - 1), dtype=np.int64)
+        self._forget_work()
 
     def reset(self, seed: int | None = None) -> SystemState:
         """Finish what is open, then start the conditions that `seed` names.
@@ -131,6 +132,7 @@ class LiveSystem:
         They are held as they begin until every hop was probed once, or `probing.idle_s` are over.
         """
         self._finish_open()
+        self._forget_work()
         self.client.be_patient(self.model.patience_s.tolist())
         self._conditions = Conditions(self.scenario, self.n_ref, seed or 0)
         n = self.scenario.steps_per_episode + 2
@@ -214,9 +216,30 @@ class LiveSystem:
             if k in status
         }
 
+    def slowness(self) -> F64:
+        """[N] how many times as slow as profiled each node has been since `reset`.
+
+        Measured over profiled work of all that completed; 1 for a node that ran none of it.
+        """
+        ran = (self._took_s > 0.0) & (self._profiled_s > 0.0)
+        return np.divide(self._took_s, self._profiled_s, out=np.ones(len(ran)), where=ran)
+
     def close(self) -> None:
         """Stop probing; the client stays its owner's."""
         self._probers.shutdown(wait=True, cancel_futures=True)
+
+    def _forget_work(self) -> None:
+        """Measure how slow the nodes are anew, against the profile of now."""
+        self._profile = self.model.profile
+        self._profiled_s, self._took_s = np.zeros((2, self._profile.n_nodes))
+        self._work_of: dict[tuple[int, ...], F64] = {}
+
+    def _note_work(self, plan: tuple[int, ...], work_s: Sequence[float]) -> None:
+        """Take in what a request's stages took, and should have taken."""
+        if plan not in self._work_of:
+            self._work_of[plan] = PlanTable(self._profile, [Plan(plan)]).work_s[0]
+        self._profiled_s += self._work_of[plan]
+        self._took_s += work_s
 
     def _bind(self) -> tuple[Plan, tuple[CutTable, ...]]:
         """The present plan, and the cut tables that go with it."""
@@ -300,6 +323,7 @@ class LiveSystem:
             record.node_active_s[0] += done.work_s
             record.node_busy_s[0] += done.stage_s
             record.hop_transmit_s[0] += done.transmit_s
+            self._note_work(done.plan, done.work_s)
         self._collect_probes(record)
         return self._completed(ended)
 

@@ -72,15 +72,11 @@ class Recalibration:
 
     def of(self, profile: Profile) -> Profile:
         """The profile corrected: units and what a stage takes to begin, as both are measured."""
-        nodes = tuple(
-            node.scaled(factor)
-            for node, factor in zip(profile.nodes, self.node_factors, strict=True)
-        )
         hops = tuple(
             replace(hop, frame_overhead_s=overhead_s)
             for hop, overhead_s in zip(profile.hops, self.frame_overhead_s, strict=True)
         )
-        return profile.with_changes(nodes=nodes, hops=hops)
+        return profile.scaled(self.node_factors).with_changes(hops=hops)
 
 
 class Recalibrator:

@@ -261,7 +261,7 @@ def test_cells_are_the_same_side_by_side(profile_file, tmp_path):
     assert rows[0] == rows[1]
 
 
-def test_command_runs_a_live_system_seed_by_seed(profile_file, tmp_path, monkeypatch):
+def test_command_runs_a_live_system_seed_by_seed(profile_file, tmp_path, monkeypatch, capsys):
     """The testbed's path, with a simulated environment in its place."""
     opened = []
 
@@ -273,13 +273,27 @@ def test_command_runs_a_live_system_seed_by_seed(profile_file, tmp_path, monkeyp
     monkeypatch.setattr(cells, "make_testbed_system", open_system)
     out = tmp_path / "out.json"
     argv = command(profile_file, tmp_path, "--backend", "testbed", "--repeats", "2")
-    assert evaluate.main([*argv, "--arms", "solver,best-static", "--json", str(out)]) == 0
+    argv += ["--json", str(out)]
+    page = ["--report", str(tmp_path / "page")]
+    assert evaluate.main([*argv, *page, "--arms", "solver,best-static"]) == 0
     result = json.loads(out.read_text())
     assert list(result["arms"]) == ["static", "best-static", "solver"]
     assert result["repeats"] == 2
     # Each repeat meets the same conditions, so it gives the same submissions.
     assert result["arms"]["solver"]["requests"]["submitted"] % 2 == 0
     assert opened[0].episode_s == 12.0
+    # Beside it stands what the simulator says; here both are one.
+    (part,) = result["by_rate"].values()
+    assert part["simulated"]["slowness"] == {"edge": 1.0, "fog": 1.0, "cloud": 1.0}
+    assert part["simulated"]["cost_rows"] == part["cost_rows"]
+    assert {n: a["cost"] for n, a in part["simulated"]["arms"].items()} == {
+        n: a["cost"] for n, a in part["arms"].items()
+    }
+    assert "beside the simulator, nodes as they were (edge 1.00" in capsys.readouterr().out
+    assert "The simulator beside the nodes" in (tmp_path / "page" / "index.html").read_text()
+    # No simulator here decides per request.
+    assert evaluate.main([*argv, "--arms", "solver", "--per-request"]) == 0
+    assert "simulated" not in json.loads(out.read_text())
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,29 @@ def test_records_what_was_spent(model: CostModel) -> None:
     assert rows.shape == (completed, 2)
 
 
+def test_how_slow_the_nodes_were_is_held_against_the_profile(model: CostModel) -> None:
+    """The stand-in takes 4 ms on the cloud whatever it is asked, and nothing elsewhere."""
+    asked = [(3, 8), (0, 0), (8, 8)]
+    cloud_s = [sum(model.profile.nodes[2].unit_s[j:]) for _, j in asked]
+    cloud_s = [s + model.profile.nodes[2].stage_overhead_s for s in cloud_s]
+    client = StandInClient()
+    live = LiveSystem(model, client, lambda i: i)
+    try:
+        live.reset(1)
+        assert live.slowness().tolist() == [1.0, 1.0, 1.0]
+        for cuts in asked:
+            live.step(np.array([cuts]))
+        live.drain()
+        found = live.slowness()
+        profiled_s = sum(cloud_s[asked.index(plan.cuts)] for plan in client.plans)
+        assert len(set(client.plans)) == 3
+        assert found == pytest.approx([1.0, 1.0, 0.004 * len(client.plans) / profiled_s])
+        live.reset(1)
+        assert live.slowness().tolist() == [1.0, 1.0, 1.0]
+    finally:
+        live.close()
+
+
 @pytest.mark.parametrize(
     ("failure", "charged"), [(None, True), (RequestTimeout("silent"), True),
                              (RequestRefused("full"), False)],

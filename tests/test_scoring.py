@@ -18,7 +18,6 @@ from agents.learning.hindsight import HindsightSettings
 from agents.learning.scoring_training import (
     Scorer,
     ScoringSettings,
-    scaled,
     train_for_all,
 )
 from agents.learning.validation import mean_cost
@@ -151,7 +150,7 @@ def test_one_policy_that_loses_to_the_solver_is_not_kept(model: CostModel) -> No
 
 
 def test_a_node_can_be_made_slower(model: CostModel) -> None:
-    slower = scaled(model.profile, [2.0, 1.0, 0.5])
+    slower = model.profile.scaled([2.0, 1.0, 0.5])
     ratio = slower.work_prefix_s()[:, -1] / model.profile.work_prefix_s()[:, -1]
     assert np.allclose(ratio, [2.0, 1.0, 0.5])
 

@@ -5,17 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-from toy_chain import constant_scenario, toy_profile
 
 from agents import evaluate, sim_to_real
-from agents.arms.controllers import Static
-from agents.studies.compare import run_arm
-from agents.studies.sim_to_real import as_fast_as_in, summary
-from env.predict import CostModel
-from env.simulator import Simulator
-from executor.plan import Plan
+from agents.studies.sim_to_real import summary
 
 MODEL = """
 from torch import nn
@@ -59,19 +52,6 @@ def test_cells_measured_again_tell_how_far_the_nodes_repeat_themselves() -> None
     ]  # fmt: skip
     again = summary([one, two], names)["again"]
     assert again == {"mean": pytest.approx(0.2), "p95": pytest.approx(0.1)}
-
-
-def test_a_profile_is_corrected_by_how_fast_the_nodes_were_in_a_run() -> None:
-    profile, plan = toy_profile(3), Plan((2, 4))
-    factors = (1.5, 0.8, 1.0)
-    nodes = tuple(n.scaled(f) for n, f in zip(profile.nodes, factors, strict=True))
-    truth = CostModel(profile.with_changes(nodes=nodes), constant_scenario(50.0))
-    simulator = Simulator(truth, 1, 0, rate_rps=5.0, record_requests=True)
-    run = run_arm(simulator, Static("plan", plan), seed=0, n_intervals=9)
-    assert run.spent.completed[0] > 9
-    found = as_fast_as_in(run, profile, plan)
-    for node, true in zip(found.nodes, truth.profile.nodes, strict=True):
-        np.testing.assert_allclose(node.unit_s, true.unit_s, rtol=1e-6)
 
 
 def test_short_form_on_the_testbed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ from env.predict import CostModel
 from env.scenario import Scenario
 from executor.profile import Profile
 
-__all__ = ["Scorer", "ScoringSettings", "scaled", "train_for_all"]
+__all__ = ["Scorer", "ScoringSettings", "train_for_all"]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -107,12 +107,6 @@ class Scorer(nn.Module):
         return {k: np.array(v.detach().numpy(), order="C") for k, v in tensors.items()}
 
 
-def scaled(profile: Profile, factors: Sequence[float]) -> Profile:
-    """The profile with node i `factors[i]` x slower."""
-    nodes = (n.scaled(f) for n, f in zip(profile.nodes, factors, strict=True))
-    return profile.with_changes(nodes=tuple(nodes))
-
-
 def train_for_all(
     profiles: Sequence[Profile],
     scenario: Scenario,
@@ -174,7 +168,7 @@ def train_for_all(
         profile = profiles[shuffled.pop()]
         if rng.random() >= settings.as_profiled:
             factors = settings.speed ** rng.uniform(-1.0, 1.0, profile.n_nodes)
-            profile = scaled(profile, factors.tolist())
+            profile = profile.scaled(factors.tolist())
         model = CostModel(profile, scenario)
         system, seed = settings.mixture.system(model), int(rng.integers(2**62))
         conditions = MixedConditions(model, settings.mixture, settings.rates, lessons.n_envs, seed)

@@ -68,9 +68,9 @@ class _Report:
             f"measured traces, {r['split']} part" if "split" in r else f"scenario {r['scenario']}"
         )
         parts = [
-            self._against(), self._losing(), self._latency(), self._energy(), self._front(),
-            self._overhead(), self._pace(), self._hops(), self._regret(), self._over_time(),
-            made_section(r["made"], seeds),
+            self._against(), self._simulated(), self._losing(), self._latency(), self._energy(),
+            self._front(), self._overhead(), self._pace(), self._hops(), self._regret(),
+            self._over_time(), made_section(r["made"], seeds),
         ]  # fmt: skip
         return Page(
             title=f"{r['model']}: {len(self.arms)} arms on the {r['backend']}",
@@ -173,6 +173,32 @@ class _Report:
                 + [str(arm["switches"]), f"{arm['battery_h']:.1f}"]
             )
         return Table(columns, rows, f"{caption} (*: compute accounting)", strong=self.subject)
+
+    def _simulated(self) -> Section | None:
+        """The testbed's costs beside the simulator's, where there are both."""
+        tables = []
+        columns = ["arm", "cost", "simulated", f"/ {self.reference}", "simulated "]
+        for rate, part in self.result["by_rate"].items():
+            found = part.get("simulated")
+            if found is None:
+                continue
+            rows = []
+            for name, arm in found["arms"].items():
+                row = [name, f"{part['arms'][name]['cost']:.3f}", f"{arm['cost']:.3f}"]
+                if name != self.reference:
+                    there = ratio(part["arms"], name, self.reference)
+                    row += [interval(there), interval(arm["versus"][self.reference])]
+                rows.append(row + [""] * (len(columns) - len(row)))
+            slow = ", ".join(f"{node} {x:.2f}" for node, x in found["slowness"].items())
+            caption = f"{rate} of capacity; times as slow as profiled: {slow}"
+            tables.append(Table(columns, rows, caption, strong=self.subject))
+        lead = [
+            "The same conditions in the simulator, with every node as fast as it was in that run "
+            "and each arm told what it was told on the nodes. Where the ratios agree, the "
+            "simulator's margins can be believed."
+        ]
+        title = "The simulator beside the nodes"
+        return Section("simulated", title, lead, tables=tables) if tables else None
 
     def _losing(self) -> Section:
         lost = [v for v in self.verdicts if v.word == "loses"]

@@ -8,9 +8,10 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from agents.report.verdicts import ratio as cost_ratio
 from executor.figures import load_pyplot, save_figure
 
-__all__ = ["TABLE_WIDTH", "plot", "table"]
+__all__ = ["TABLE_WIDTH", "plot", "simulated_table", "table"]
 
 TABLE_WIDTH = 146
 COLUMNS = (
@@ -59,6 +60,31 @@ def table(title: str, arms: dict[str, Any]) -> Table:
             str(arm["switches"]),
             *([_interval(arm["regret"])] if known else []),
         )
+    return out
+
+
+def simulated_table(title: str, part: dict[str, Any]) -> Table:
+    """What arms cost on the nodes and in the simulator under the same conditions, side by side.
+
+    Ratios are to the solver where it took part, else to `static`.
+
+    Args:
+        title: Above it.
+        part: One rate of a comparison on the testbed, `simulated` included.
+    """
+    arms, simulated = part["arms"], part["simulated"]["arms"]
+    other = "solver" if "solver" in arms else "static"
+    out = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    out.padding = (0, 1, 0, 0)
+    out.add_column("arm", no_wrap=True)
+    heads = ("cost", "simulated", f"x {other} (95 %)", "simulated (95 %)")
+    for column in heads:
+        out.add_column(column, justify="right", no_wrap=True)
+    for name, found in simulated.items():
+        ratios = ["", ""]
+        if name != other:
+            ratios = [_interval(r) for r in (cost_ratio(arms, name, other), found["versus"][other])]
+        out.add_row(name, f"{arms[name]['cost']:.3f}", f"{found['cost']:.3f}", *ratios)
     return out
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.progress import Progress
 
+from agents.arms.believing import Believing
 from agents.arms.controllers import ArmContext, Controller, Decision, Glancing, make_arm
 from agents.arms.oracle import PlanSequence, search
 from agents.arms.runtime import Checkpoint
@@ -55,6 +56,16 @@ class Cell:
         name: Of the conditions.
         change_every_s: Conditions change at this pace (`env.changing`), in the simulator.
         bar: Shows how far it is.
+
+    Attributes:
+        runs: What each arm did.
+        decide_us: CPU time of one decision of each.
+        overruns: On the testbed, the share of each node's stages that ended late.
+        simulated: Of a run on the testbed, what each arm did in the simulator under the same
+            conditions, with every node as fast as it was in that run; as on the nodes, the arm is
+            told the profile of the start. Empty where arms decide per request, which no simulator
+            here does.
+        slowness: Of a run on the testbed, how many times as slow as profiled each node was.
     """
 
     def __init__(
@@ -72,6 +83,8 @@ class Cell:
         self.runs: dict[str, ArmRun] = {}
         self.decide_us: dict[str, float] = {}
         self.overruns: dict[str, float] = {}
+        self.simulated: dict[str, ArmRun] = {}
+        self.slowness: dict[str, float] = {}
         self._played: list[PlanSequence] = []
         self._change_every_s = change_every_s
         self.n_intervals: int = args.intervals or model.scenario.steps_per_episode
@@ -157,6 +170,8 @@ class Cell:
         scenario = self.model.scenario.replace(episode_s=length_s)
         with make_testbed_system(self.args, scenario, self.model.profile) as system:
             runs: dict[str, list[ArmRun]] = {name: [] for name in self.arms}
+            again: dict[str, list[ArmRun]] = {name: [] for name in self.arms}
+            slowness: list[NDArray[np.float64]] = []
             # Arms take turns, so that what else the machine does hits all alike.
             for seed in [*self._seeds] * self.args.repeats:
                 for name in self.arms:
@@ -166,11 +181,39 @@ class Cell:
                         if self.args.per_request and isinstance(controller, Glancing):
                             system.glance = controller.glance
                     runs[name].append(self._run(system, controller, seed))
+                    slowness.append(_slowness(system))
+                    if not self.args.per_request:
+                        again[name].append(self._simulated(controller, seed, slowness[-1]))
             for name in self.arms:
                 self.runs[name] = ArmRun.stack(runs[name])
+                if again[name]:
+                    self.simulated[name] = ArmRun.stack(again[name])
                 self.decide_us[name] = 1e6 * float(np.mean(self.runs[name].decide_s))
             if isinstance(system, LiveSystem):
                 self.overruns = system.overrun_share()
+        nodes = (node.name for node in self.model.profile.nodes)
+        self.slowness = dict(zip(nodes, np.mean(slowness, axis=0).tolist(), strict=True))
+
+    def _simulated(
+        self, controller: Controller, seed: int, slowness: NDArray[np.float64]
+    ) -> ArmRun:
+        """An arm in the simulator, told what it was told on nodes that were so slow."""
+        model = self.model
+        profile = model.profile.scaled(slowness.tolist())
+        simulator = Simulator(
+            CostModel(profile, model.scenario, model.references),
+            1,
+            seed,
+            rate_rps=model.rate_rps(),
+            record_requests=True,
+        )
+        return run_arm(
+            simulator,
+            Believing(controller, model),
+            seed=seed,
+            n_intervals=self.n_intervals,
+            startup=self.startup,
+        )
 
     def _run(
         self,
@@ -214,6 +257,13 @@ class Cell:
 
     def _any_plan(self) -> NDArray[np.int64]:
         return self.model.table.cuts[:1]
+
+
+def _slowness(system: System) -> NDArray[np.float64]:
+    """How many times as slow as profiled each node was in the run that just ended, [N]."""
+    if isinstance(system, LiveSystem):
+        return system.slowness()
+    return np.ones(system.model.profile.n_nodes)
 
 
 def make_testbed_system(

@@ -21,7 +21,7 @@ from agents.arms.scoring import N_NODES
 from agents.cli import CHECKPOINTS, load_profile, numbers, progress, transfers
 from agents.studies import cells
 from agents.studies.cells import Cell
-from agents.studies.compare import BATTERY_WH, ArmRun, per_row, summarise
+from agents.studies.compare import BATTERY_WH, ArmRun, per_row, summarise, versus
 from agents.studies.provenance import provenance, without_folders
 from agents.studies.workers import spread, workers
 from env.conditions import BYTES_PER_S_PER_MBPS, mean_delay_s
@@ -222,6 +222,36 @@ def _pooled(parts: list[Cell]) -> dict[str, Any]:
             parts[0].model,
             {name: float(np.mean([p.decide_us[name] for p in parts])) for name in names},
         ),
+        **_simulated(parts),
+    }
+
+
+def _simulated(parts: list[Cell]) -> dict[str, Any]:
+    """What the arms did in the simulator beside the testbed (`Cell.simulated`); {} if nothing."""
+    names = [name for name in parts[0].simulated if all(name in p.simulated for p in parts)]
+    if not names:
+        return {}
+    runs = {name: ArmRun.stack([p.simulated[name] for p in parts]) for name in names}
+    model = parts[0].model
+    return {
+        "simulated": {
+            "slowness": {
+                node: float(np.mean([p.slowness[node] for p in parts]))
+                for node in parts[0].slowness
+            },
+            "cost_rows": {name: per_row(run, model)["cost"].tolist() for name, run in runs.items()},
+            "arms": {
+                name: {
+                    "cost": float(per_row(run, model)["cost"].mean()),
+                    "versus": {
+                        other: versus(run, runs[other], model)["cost_ratio"]
+                        for other in names
+                        if other != name
+                    },
+                }
+                for name, run in runs.items()
+            },
+        }
     }
 
 

@@ -133,6 +133,7 @@ def measure(
                 model = CostModel(profile, constant_scenario(base, mbps, float(steps)))
                 arm = Static("plan", plan)
                 runs: list[ArmRun] = []
+                slowness: list[float] = []  # in the first of them
                 believed = CostModel(recalibrated, model.scenario, model.references)
                 learning = Recalibrated(arm, believed)
                 # One that does not count: the first after another plan finds its weights cold.
@@ -142,13 +143,14 @@ def measure(
                     try:
                         runs.append(run_arm(live, learning, seed=SEED, n_intervals=steps))
                         overruns = live.overrun_share()
+                        slowness = slowness or live.slowness().tolist()
                     finally:
                         live.close()
                 scenario = constant_scenario(pinged, mbps, float(steps))
                 known = {
                     "simulated": profile,
                     "recalibrated": recalibrated,
-                    "corrected": as_fast_as_in(runs[0], profile, plan),
+                    "corrected": profile.scaled(slowness),
                 }
                 virtual = {
                     name: _simulated(CostModel(p, scenario), arm, rate, steps)
@@ -174,16 +176,6 @@ def measure(
 def _simulated(model: CostModel, arm: Static, rate_rps: float, steps: int) -> ArmRun:
     simulator = Simulator(model, 1, SEED, rate_rps=rate_rps, record_requests=True)
     return run_arm(simulator, arm, seed=SEED, n_intervals=steps)
-
-
-def as_fast_as_in(run: ArmRun, profile: Profile, plan: Plan) -> Profile:
-    """The profile with every node as fast as it was in a run of one plan."""
-    expected_s = PlanTable(profile, [plan]).work_s[0] * run.spent.completed[0]
-    took_s = run.spent.node_active_s[0]
-    ran = (expected_s > 0.0) & (took_s > 0.0)
-    factors = np.divide(took_s, expected_s, out=np.ones_like(took_s), where=ran)
-    nodes = (node.scaled(f) for node, f in zip(profile.nodes, factors.tolist(), strict=True))
-    return profile.with_changes(nodes=tuple(nodes))
 
 
 def _figures(run: ArmRun) -> dict[str, Any]:
