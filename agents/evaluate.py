@@ -119,6 +119,8 @@ def _show(result: dict[str, Any], console: Console) -> None:
         name += f", a decision every {result['interval_s']:g} s"
     if result.get("per_request"):
         name += ", policies and solver per request"
+    if result.get("recalibrate"):
+        name += ", recalibrated"
     for rate, part in result["by_rate"].items():
         title = f"{name}, {backend}, {rate} of capacity ({part['rate_rps']:.2f}/s)"
         console.print(table(title, part["arms"]))
@@ -189,6 +191,12 @@ def _parser() -> argparse.ArgumentParser:
         "--per-request",
         action="store_true",
         help="testbed only: policies and solver decide again for every request, as it is submitted",
+    )
+    add(
+        "--recalibrate",
+        action="store_true",
+        help="testbed only: arms that predict costs correct their profile by what requests "
+        "measure, as agents.deploy does",
     )
     add(
         "--startup-s",

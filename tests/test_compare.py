@@ -296,6 +296,33 @@ def test_command_runs_a_live_system_seed_by_seed(profile_file, tmp_path, monkeyp
     assert "simulated" not in json.loads(out.read_text())
 
 
+def test_arms_on_the_testbed_correct_their_profile_if_asked(profile_file, tmp_path, monkeypatch):
+    """Nodes whose fog is four times as slow as profiled, with a simulator in their place."""
+
+    def open_system(args, scenario, profile):
+        slow = CostModel(profile.scaled([1.0, 4.0, 1.0]), scenario)
+        rate_rps = CostModel(profile, scenario).rate_rps()
+        system = Simulator(slow, 1, 0, rate_rps=rate_rps, record_requests=True)
+        return contextlib.nullcontext(system)
+
+    monkeypatch.setattr(cells, "make_testbed_system", open_system)
+    out = tmp_path / "out.json"
+    argv = command(profile_file, tmp_path, "--backend", "testbed", "--intervals", "40")
+    costs = {}
+    for more in ((), ("--recalibrate",)):
+        assert evaluate.main([*argv, *more, "--arms", "solver,mpc,cloud", "--json", str(out)]) == 0
+        result = json.loads(out.read_text())
+        assert result.get("recalibrate", False) is bool(more)
+        costs[bool(more)] = {name: arm["cost"] for name, arm in result["arms"].items()}
+    assert costs[True]["static"] == costs[False]["static"]
+    assert costs[True]["cloud"] == costs[False]["cloud"]
+    assert costs[True]["solver"] < 0.95 * costs[False]["solver"]
+    assert costs[True]["mpc"] < 0.95 * costs[False]["mpc"]
+    # Each begins with the profile as it was taken: none corrects it for the next.
+    assert evaluate.main([*argv, "--recalibrate", "--arms", "mpc", "--json", str(out)]) == 0
+    assert json.loads(out.read_text())["arms"]["mpc"]["cost"] == costs[True]["mpc"]
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -306,6 +333,7 @@ def test_command_runs_a_live_system_seed_by_seed(profile_file, tmp_path, monkeyp
         (["--rates", "0.4,-1"], "--rates must be different fractions above 0"),
         (["--workers", "none"], "--workers takes a positive count of processes, or ray"),
         (["--per-request"], "--per-request is for --backend testbed"),
+        (["--recalibrate"], "--recalibrate is for --backend testbed; a simulator is as its"),
         (["--workers", "2", "--backend", "testbed"], "--workers is for the simulator"),
         (["--startup-s", "-1"], "--startup-s must be >= 0"),
         (["--interval", "often"], "--interval must be seconds like 0.05,1,10, got 'often'"),

@@ -19,6 +19,7 @@ from rich.progress import Progress
 from agents.arms.believing import Believing
 from agents.arms.controllers import ArmContext, Controller, Decision, Glancing, make_arm
 from agents.arms.oracle import PlanSequence, search
+from agents.arms.recalibrated import Recalibrated
 from agents.arms.runtime import Checkpoint
 from agents.cli import transfers
 from agents.studies.compare import ArmRun, best_static_cuts, run_arm, startup_intervals
@@ -37,6 +38,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Cell", "make_testbed_system"]
 
+# Arms that decide with a cost model, which `--recalibrate` corrects.
+PREDICTING = (
+    "solver",
+    "predictive",
+    "mpc",
+    "policy-zeroed",
+    "policy-greedy",
+    "policy",
+    "guarded",
+    "policy-all",
+)
 DEFAULT_STARTUP_S = 20.0
 TIMED_INTERVALS = 200
 LEAST_CHANGES = 3  # of the conditions, in an episode where they change at a set pace
@@ -63,8 +75,8 @@ class Cell:
         overruns: On the testbed, the share of each node's stages that ended late.
         simulated: Of a run on the testbed, what each arm did in the simulator under the same
             conditions, with every node as fast as it was in that run; as on the nodes, the arm is
-            told the profile of the start. Empty where arms decide per request, which no simulator
-            here does.
+            told the profile of the start (and corrects it, with `--recalibrate`). Empty where arms
+            decide per request, which no simulator here does.
         slowness: Of a run on the testbed, how many times as slow as profiled each node was.
     """
 
@@ -175,15 +187,17 @@ class Cell:
             # Arms take turns, so that what else the machine does hits all alike.
             for seed in [*self._seeds] * self.args.repeats:
                 for name in self.arms:
-                    controller = make_arm(name, self._context(1, seed))
+                    arm = make_arm(name, self._context(1, seed))
+                    system.model.recalibrate(self.model.profile)  # what the last arm corrected
+                    controller = Recalibrated(arm, system.model) if self._corrects(name) else arm
                     if isinstance(system, LiveSystem):
                         system.glance = None
-                        if self.args.per_request and isinstance(controller, Glancing):
-                            system.glance = controller.glance
+                        if self.args.per_request and isinstance(arm, Glancing):
+                            system.glance = arm.glance
                     runs[name].append(self._run(system, controller, seed))
                     slowness.append(_slowness(system))
                     if not self.args.per_request:
-                        again[name].append(self._simulated(controller, seed, slowness[-1]))
+                        again[name].append(self._simulated(arm, name, seed, slowness[-1]))
             for name in self.arms:
                 self.runs[name] = ArmRun.stack(runs[name])
                 if again[name]:
@@ -194,11 +208,16 @@ class Cell:
         nodes = (node.name for node in self.model.profile.nodes)
         self.slowness = dict(zip(nodes, np.mean(slowness, axis=0).tolist(), strict=True))
 
+    def _corrects(self, name: str) -> bool:
+        """Whether an arm corrects the profile that it is told."""
+        return bool(self.args.recalibrate and name in PREDICTING)
+
     def _simulated(
-        self, controller: Controller, seed: int, slowness: NDArray[np.float64]
+        self, arm: Controller, name: str, seed: int, slowness: NDArray[np.float64]
     ) -> ArmRun:
         """An arm in the simulator, told what it was told on nodes that were so slow."""
         model = self.model
+        told = CostModel(model.profile, model.scenario, model.references)
         profile = model.profile.scaled(slowness.tolist())
         simulator = Simulator(
             CostModel(profile, model.scenario, model.references),
@@ -209,7 +228,7 @@ class Cell:
         )
         return run_arm(
             simulator,
-            Believing(controller, model),
+            Recalibrated(arm, told) if self._corrects(name) else Believing(arm, told),
             seed=seed,
             n_intervals=self.n_intervals,
             startup=self.startup,

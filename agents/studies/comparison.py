@@ -60,6 +60,11 @@ def compare(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         raise ConfigError(
             "--per-request is for --backend testbed; in the simulator --interval 0.05 comes close"
         )
+    if args.recalibrate and args.backend != "testbed":
+        raise ConfigError(
+            "--recalibrate is for --backend testbed; a simulator is as its profile says "
+            "(a wrong profile: agents.wrong_profile)"
+        )
     conditions = [replace(c, scenario=_at_cadence(args, c.scenario)) for c in _conditions(args)]
     scenario = conditions[0].scenario
     rates = numbers("--rates", args.rates, "fractions", "0.4,0.8", 100.0)
@@ -92,6 +97,7 @@ def compare(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "interval_s": scenario.interval_s,
         "late_binding": scenario.late_binding,
         **({"per_request": True} if args.per_request else {}),
+        **({"recalibrate": True} if args.recalibrate else {}),
         **({"transfers": profile.transfers} if set(profile.transfers) != {"float32"} else {}),
         "hops": ", ".join(dict.fromkeys(hop_class(c.scenario) for c in conditions)),
         "intervals": done[0].n_intervals,
