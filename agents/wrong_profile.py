@@ -273,13 +273,16 @@ def _main(args: argparse.Namespace) -> int:
             stack=stack,
             policy_zip=wrong_directory / "policy.zip",
         )
-        spent = {}
+        spent: dict[str, Spent] = {}
+        slowness: dict[str, list[float]] = {}
         for arm in names:
             log.info("arm %s", arm)
             with console.status(f"{arm}: {args.minutes:g} min"):
                 spent[arm] = run(system, arms.make(arm), args.seed, n_intervals)
+            if isinstance(system, LiveSystem):
+                slowness[arm] = system.slowness().tolist()
         overruns = system.overrun_share() if isinstance(system, LiveSystem) else {}
-    result = _result(args, name, spent, arms, overruns)
+    result = _result(args, name, spent, arms, overruns, slowness)
     console.print(_table(result))
     for line in not_valid(overruns):
         console.print(line, markup=False)
@@ -296,8 +299,9 @@ def _result(
     spent: dict[str, Spent],
     arms: Arms,
     overruns: dict[str, float],
+    slowness: dict[str, list[float]],
 ) -> dict[str, Any]:
-    """Everything as plain data."""
+    """Everything as plain data; `slowness` is of running nodes, against the right profile."""
     rows: dict[str, Any] = {}
     for arm, one in spent.items():
         rows[arm] = {
@@ -308,6 +312,8 @@ def _result(
             for key, pooled in (("worst_window", False), ("worst_window_pooled", True)):
                 ratio, end_s = worst_window(one, spent["solver-right"], pooled)
                 rows[arm][key] = {"ratio_to_solver": ratio, "end_s": end_s}
+        if arm in slowness:
+            rows[arm]["slowness"] = slowness[arm]
         if arm in arms.recalibrated:
             rows[arm]["believed"] = [asdict(c.believed) for c in arms.recalibrated[arm]]
     for family in FAMILIES:
@@ -343,6 +349,8 @@ def _table(result: dict[str, Any]) -> Table:
         "all together", "regained (95 %)", "1 min", "2", "5", "10",
                    "min. to 70 %"):  # fmt: skip
         out.add_column(column, justify="right")
+    if result["backend"] == "testbed":
+        out.add_column("nodes x as slow", justify="right", no_wrap=True)
     for arm, row in result["arms"].items():
         worst, found = row.get("worst_window"), row.get("regained")
         pooled = row.get("worst_window_pooled")
@@ -355,6 +363,9 @@ def _table(result: dict[str, Any]) -> Table:
             cells += [_percent(found["share_by_minute"].get(m)) for m in ("1", "2", "5", "10")]
             enough = found["minutes_to_enough"]
             cells.append("never" if enough is None else f"{enough:g}")
+        if "slowness" in row:
+            cells += [""] * (len(out.columns) - 2 - len(cells))
+            cells.append(" / ".join(f"{x:.2f}" for x in row["slowness"]))
         out.add_row(arm, *cells)
     return out
 

@@ -1,18 +1,21 @@
-"""A child process of the testbed: JSON lines in, lines out, gone when its parent is gone.
+"""Child processes, gone when their parent is gone; those of the testbed take and give lines.
 
-The child's stdin is a pipe that only this process writes to, so it reads the end of the file when
-this process ends, however that happens; both kinds of child exit on it.
+A testbed child's stdin is a pipe that only this process writes to, so it reads the end of the file
+when this process ends, however that happens; both kinds of child exit on it. Processes of
+`multiprocessing` call `end_with_parent`.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import resource
 import select
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +23,7 @@ from typing import Any
 
 from executor.errors import ConfigError, HandshakeError
 
-__all__ = ["Child"]
+__all__ = ["Child", "end_with_parent"]
 
 STDERR_TAIL_BYTES = 8192
 GRACE_S = 3.0
@@ -157,6 +160,23 @@ class Child:
             self._process.stdout.close()
         self._last_words = self.stderr_tail()
         self._stderr.close()
+
+
+def end_with_parent() -> None:
+    """Let this process of `multiprocessing` end as soon as its parent has, however that happens.
+
+    One of a pool would wait for work for ever: it holds the writing end of its queue itself, and so
+    never reads that the other side is gone.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, name="end-with-parent", daemon=True).start()
 
 
 def _last_line(text: str) -> str:

@@ -45,6 +45,15 @@ def until(condition, timeout_s=10.0):
         time.sleep(0.02)
 
 
+def gone(pid):
+    """Whether the process has ended (a zombie whose parent is not us counts)."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return True
+    return stat.rpartition(")")[2].split()[0] in "ZX"
+
+
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
     before = torch.get_num_threads()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from local_nodes import until
 
 from agents import wrong_profile
 from agents.arms.runtime import PolicyController
@@ -199,6 +201,20 @@ def test_a_lesson_that_fails_leaves_the_policy(
     learner.futures[0].set_exception(MemoryError("no room"))
     live(model, controller, 4, state, last, simulator)
     assert "no room" in caplog.text and not controller.lessons and len(learner.asked) == 2
+    controller.finish(0.01)  # nor is the last one waited for for ever
+    assert "it was not over within 0.01 s" in caplog.text and not controller.lessons
+
+
+def test_a_lesson_under_way_is_left_at_the_end(model: CostModel) -> None:
+    long = replace(SMALL, judge_envs=64, judge_steps=100_000)
+    learner = BackgroundLearner(
+        a_policy(model), model.scenario, model.references, TrainingSettings(), long, 1
+    )
+    lesson = learner.submit(a_window(model), model.profile)
+    until(lesson.running)
+    learner.close()
+    with pytest.raises(BrokenProcessPool):
+        lesson.result(0.0)
 
 
 def test_the_plan_in_force_is_learned_from_not_the_one_wanted(model: CostModel) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from local_nodes import SMALL_NET, until
+from local_nodes import SMALL_NET, gone, until
 
 from executor.errors import ConfigError, HandshakeError, RequestError
 from executor.model import build_chain, sample_input
@@ -63,15 +63,6 @@ def calm(testbed):
 
 def same(reply, output):
     return np.array_equal(np.asarray(reply.output), output.numpy())
-
-
-def gone(pid):
-    """Whether the process has ended (a zombie whose parent is not us counts)."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return True
-    return stat.rpartition(")")[2].split()[0] in "ZX"
 
 
 def test_every_kind_of_plan_equals_the_whole_model(client, expected):

@@ -7,6 +7,7 @@ what a run does depends little on how long lessons take.
 
 from __future__ import annotations
 
+import concurrent.futures
 import logging
 import multiprocessing
 import os
@@ -32,6 +33,7 @@ from env.cost import Cost
 from env.predict import CostModel
 from env.state import SystemState
 from env.system import StepResult, System
+from executor.child import end_with_parent
 from executor.profile import Profile
 
 __all__ = [
@@ -44,6 +46,9 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
+
+# For the last lesson, once nothing is served any more; on a full machine it might starve.
+LAST_LESSON_S = 60.0
 
 
 class LearnerLike(Protocol):
@@ -82,13 +87,15 @@ _learner: Learner | None = None  # of a learner's own process
 def _begin(*args: Any) -> None:
     global _learner
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that serves
+    end_with_parent()
     torch.set_num_threads(1)
     _learner = Learner(*args)
     os.nice(19)  # from here on; for this begin somebody waits
 
 
-def _ready() -> None:
-    """Nothing, once `_begin` is over."""
+def _ready() -> int:
+    """This process's id, once `_begin` is over."""
+    return os.getpid()
 
 
 def _learn(window: Window, profile: Profile) -> Lesson:
@@ -108,18 +115,22 @@ class BackgroundLearner:
     def __init__(self, *args: Any) -> None:
         context = multiprocessing.get_context("spawn")  # threads run here: no fork
         self._pool = ProcessPoolExecutor(1, context, _begin, args)
+        self._lesson: Future[Lesson] | None = None
         # To begin takes it seconds of CPU at the usual priority: before requests come, not beside.
         try:
-            self._pool.submit(_ready).result()
+            self._pid = self._pool.submit(_ready).result()
         except BrokenProcessPool as error:
             log.error("no lessons, as their process ended at its start: %s", error)
 
     def submit(self, window: Window, profile: Profile) -> Future[Lesson]:
         """Ask for a lesson."""
-        return self._pool.submit(_learn, window, profile)
+        self._lesson = self._pool.submit(_learn, window, profile)
+        return self._lesson
 
     def close(self) -> None:
-        """Wait for the lesson under way, then end the process."""
+        """End the process; a lesson under way is left."""
+        if self._lesson is not None and not self._lesson.done():
+            os.kill(self._pid, signal.SIGKILL)
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -197,13 +208,16 @@ class FineTuned(ActorController):
                 log.error("no more lessons: %s", error)
         self._begin_window()
 
-    def _take(self) -> None:
+    def _take(self, timeout_s: float | None = None) -> None:
         """Decide with what the pending lesson left."""
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
         try:
-            lesson = pending.result()
+            lesson = pending.result(timeout_s)
+        except concurrent.futures.TimeoutError:
+            log.warning("the last lesson is left out: it was not over within %g s", timeout_s)
+            return
         except Exception as error:  # learning must never keep requests from being decided
             log.error("a lesson failed: %r", error)
             return
@@ -211,9 +225,9 @@ class FineTuned(ActorController):
         self._network.load(lesson.arrays)
         log.info("lesson: %s", lesson.event, extra={"cost_ratio": lesson.cost_ratio})
 
-    def finish(self) -> None:
-        """Wait for the lesson that is under way, and let it take effect."""
-        self._take()
+    def finish(self, timeout_s: float | None = None) -> None:
+        """Let the lesson that is under way take effect, if it is over within `timeout_s`."""
+        self._take(timeout_s)
 
 
 @dataclass(frozen=True)
@@ -287,7 +301,7 @@ def finetune(
             report(step, -costs[-1])
         controller.decide(state, last)  # the last interval belongs to a window, too
         system.drain()
-        tuned.finish()
+        tuned.finish(LAST_LESSON_S)
     finally:
         learner.close()
     deployed, lessons = policy, tuned.lessons

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from executor.child import end_with_parent
 from executor.errors import ConfigError
 
 __all__ = ["WORKERS_HELP", "spread", "workers"]
@@ -66,7 +67,9 @@ Submit = Callable[..., "concurrent.futures.Future[Any]"]
 def _pool(count: int | str, tasks: int) -> Iterator[Submit]:
     if isinstance(count, int):
         spawn = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-        pool = concurrent.futures.ProcessPoolExecutor(min(count, tasks), mp_context=spawn)
+        pool = concurrent.futures.ProcessPoolExecutor(
+            min(count, tasks), mp_context=spawn, initializer=end_with_parent
+        )
         try:
             yield pool.submit
         finally:
