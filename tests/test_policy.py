@@ -137,7 +137,11 @@ def test_sb3_loads_the_shipped_policies_as_this_versions_classes() -> None:
         assert type(ppo.policy) is ResidualSolverPolicy
         weights = np.load(path.with_name("policy.npz"))
         exported = export_arrays(ppo.policy)
-        assert all(np.array_equal(weights[name], exported[name]) for name in exported)
+        for name, values in exported.items():
+            if name in ("w3", "b3"):  # a product: another CPU adds in another order
+                np.testing.assert_allclose(values, weights[name], rtol=1e-6, atol=1e-6)
+            else:
+                assert np.array_equal(values, weights[name]), name
 
 
 def test_training_is_deterministic_and_keeps_the_best(model: CostModel, tmp_path: Path) -> None:
