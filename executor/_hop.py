@@ -354,8 +354,9 @@ def localise(header: Header, hop: int, offset_s: float, one_way_s: float) -> Non
         header: A RESULT's header, changed in place.
         hop: Index of the hop it came over; -1 for the way from the first node to the client.
         offset_s: The far clock minus the near one.
-        one_way_s: The hop's propagation delay; the hop's own `free_s` is raised to the earliest
-            moment at which its frame could have arrived.
+        one_way_s: The hop's propagation delay; the hop's own `received_s` and `free_s` are raised
+            to the earliest moment at which its frame could have arrived. (Clocks are known to half
+            a round trip: without this, a short hop may seem never to have been crossed.)
     """
     for j in range(hop + 1, len(header.stages)):
         stage = header.stages[j]
@@ -374,6 +375,7 @@ def localise(header: Header, hop: int, offset_s: float, one_way_s: float) -> Non
         received_s -= offset_s
         free_s -= offset_s
         if h == hop:
+            received_s = max(received_s, sent_s + one_way_s)
             free_s = max(free_s, sent_s + one_way_s)
         else:
             sent_s -= offset_s

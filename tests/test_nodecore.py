@@ -154,6 +154,14 @@ def test_stamps_are_converted_hop_by_hop_into_the_readers_clock():
     assert [s.arrive_s for s in header.stages] == [1, 5, 8]
 
 
+def test_a_crossed_hop_takes_its_propagation_at_least_however_wrong_the_clock():
+    header = Header(Kind.RESULT, client=b"c" * 16, cuts=(1, 2))
+    header.hops = [HopStamp(1.0, 1.5, 1.5), HopStamp()]
+    localise(header, 0, 0.75, 0.25)  # read back, it was received at 0.75: before it was sent
+    record = RequestRecord.from_header(header, 0.0, 0.5, 10.0)
+    assert record.hop_s == (0.25, 0.0) and record.transmit_s == (0.0, 0.0)
+
+
 def test_an_empty_stage_relays_without_the_compute_queue():
     node, queue, _ = core(1)
     header, body = infer((0, 0))
