@@ -7,16 +7,14 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from env._stations import NO_SLOTS, NO_TIMES, Departures, RequestStore, sums
+from env._stations import NO_SLOTS, NO_TIMES, RequestStore, sums
 from env.cost import IntervalRecord
 from env.system import Completed
 
-__all__ = ["Arrivals", "Measured", "account", "admitted", "join", "measure", "refused_rows", "rows"]
+__all__ = ["Arrivals", "account", "admitted", "join", "refused_rows", "rows"]
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
-
-MEASURED_BYTES = 16384  # frames below are dominated by overhead; the passive estimate skips them
 
 
 @dataclass(frozen=True)
@@ -37,48 +35,6 @@ class Arrivals:
     def none(cls, batch: int) -> Arrivals:
         """No arrivals."""
         return cls(NO_SLOTS, NO_SLOTS, NO_TIMES, np.zeros(batch, dtype=np.int64))
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a hop's frames measured in an interval, [B] each; the age is infinite where nothing.
-
-    `bound_bytes_per_s` is what the frame still on the hop allows at most: its bytes over the time
-    it has taken so far, as its sender sees it (a round trip late); infinite where there is none.
-    Without it an outage would show only when it is over (`executor.link.PassiveEstimator`).
-    """
-
-    size_bytes: F64
-    service_s: F64
-    age_s: F64
-    bound_bytes_per_s: F64
-
-
-def measure(
-    store: RequestStore, station: int, left: Departures, dt_s: float, rtt_s: F64
-) -> Measured:
-    """Bytes and service seconds of probes and of frames large enough to measure.
-
-    `rtt_s` [B] is the hop's round trip as known to its sender.
-    """
-    batch = len(rtt_s)
-    large = left.work >= MEASURED_BYTES
-    env, depart = left.env, left.depart_s
-    size, wall = left.departed_work, left.departed_wall_s
-    if not large.all():
-        large |= store.is_probe.take(left.slot)
-        env, depart = env[large], depart[large]
-        size = sums(env, left.work[large], batch)
-        wall = sums(env, left.wall_s[large], batch)
-    age = np.full(batch, np.inf)
-    age[env] = dt_s - depart  # of repeated indices the last, newest, stays
-    bound = np.full(batch, np.inf)
-    head = left.head_slot
-    head_bytes, head_env = store.work[station].take(head), store.env.take(head)
-    seen_s = left.head_elapsed_s - rtt_s.take(head_env)
-    overdue = (seen_s > 0) & ((head_bytes >= MEASURED_BYTES) | store.is_probe.take(head))
-    bound[head_env[overdue]] = head_bytes[overdue] / seen_s[overdue]
-    return Measured(size, wall, age, bound)
 
 
 def admitted(env: I64, count: I64, credits: F64) -> NDArray[np.bool_]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from env._accounting import MEASURED_BYTES
+from env._bandwidth import MEASURED_BYTES
 from env._stations import Rates, RequestStore, Station
 from env._transfer import transfer_costs
 from executor.profile import Profile

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from env._bandwidth import Bandwidth
 from env._outages import Outages
 from env._pings import Pings
 from env._stations import RequestStore, Station
@@ -121,7 +122,8 @@ class Snapshot:
     Attributes:
         time_s: Simulation time, one for all.
         n_ref, completed_rps, in_flight: [B].
-        measured_rate, measured_age_s, probing: [B, H].
+        bandwidth: What frames have measured.
+        probing: [B, H].
         due_s: [B, H] when each hop's newest frame arrives, where delays vary.
         pings: What pings have measured; None where delays are constant.
         outages: Which hops are down.
@@ -135,8 +137,7 @@ class Snapshot:
     n_ref: F64
     completed_rps: F64
     in_flight: I64
-    measured_rate: F64
-    measured_age_s: F64
+    bandwidth: Bandwidth
     due_s: F64
     pings: Pings | None
     outages: Outages

@@ -14,7 +14,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from env._accounting import Measured
+from env._bandwidth import Measured
 from env._stations import Departures, Rates, RequestStore, Station, sums
 from env.conditions import ConditionsSource, IntervalConditions
 from env.cost import IntervalRecord

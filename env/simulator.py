@@ -18,16 +18,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from env._accounting import (
-    Arrivals,
-    Measured,
-    account,
-    admitted,
-    join,
-    measure,
-    refused_rows,
-    rows,
-)
+from env._accounting import Arrivals, account, admitted, join, refused_rows, rows
+from env._bandwidth import Bandwidth, Measured, measure
 from env._begin import first_state
 from env._chain import Chain, Delays
 from env._late import FOG, LateBinding
@@ -174,8 +166,7 @@ class Simulator:
         chain = self._chain
         self._outages = Outages.at_start(coming, self.model.patience_s)
         self._state = first_state(chain, self.model.scenario, coming, self.n_ref, self._outages)
-        self._measured_rate = self._state.bytes_per_s.copy()
-        self._measured_age_s = np.zeros_like(self._measured_rate)
+        self._bandwidth = Bandwidth(self._state.bytes_per_s, self._dt_s)
         self._pings = Pings(self.batch, chain.n_hops) if chain.delay_varies else None
         self._completed_rps = np.zeros(self.batch)
         return self._state
@@ -269,8 +260,7 @@ class Simulator:
             n_ref=self.n_ref.copy(),
             completed_rps=self._completed_rps.copy(),
             in_flight=self._in_flight.copy(),
-            measured_rate=self._measured_rate.copy(),
-            measured_age_s=self._measured_age_s.copy(),
+            bandwidth=self._bandwidth.take(np.arange(self.batch)),
             due_s=self._due_s.copy(),
             pings=None if self._pings is None else self._pings.take(np.arange(self.batch)),
             outages=self._outages,
@@ -313,8 +303,7 @@ class Simulator:
         self._in_flight = snapshot.in_flight.take(index)
         self._outages = snapshot.outages.take(index)
         self._probing = snapshot.probing[index]
-        self._measured_rate = snapshot.measured_rate[index]
-        self._measured_age_s = snapshot.measured_age_s[index]
+        self._bandwidth = snapshot.bandwidth.take(index)
         self._due_s = snapshot.due_s[index]
         self._pings = None if snapshot.pings is None else snapshot.pings.take(index)
         self._state = snapshot.state.take(index)
@@ -396,7 +385,7 @@ class Simulator:
             self._rtt_s = self._pings.rtt_s(self.time_s + dt, self._rtt_s)
         for s, station in enumerate(self._stations):
             if s == FOG and self._late is not None:
-                known, rtt_s = self._measured_rate[:, 1], self._state.rtt_s[:, 1]
+                known, rtt_s = self._bandwidth.bytes_per_s[:, 1], self._state.rtt_s[:, 1]
                 self._late.choose(store, self._stations, flows, rates, dt, known, rtt_s)
             left = station.serve(store, flows[s], rates[s], dt)
             self._backlog.append(left.backlog)
@@ -472,22 +461,14 @@ class Simulator:
     def _observe(self, conditions: IntervalConditions, cuts: I64, record: IntervalRecord) -> None:
         """The state a controller sees at the interval's end."""
         old = self._state
-        rate, age = self._measured_rate, self._measured_age_s
-        age += self._dt_s
-        bound = np.empty_like(rate)
-        for h, m in enumerate(self._measured):
-            seen = np.flatnonzero(m.age_s < np.inf)
-            rate[seen, h] = m.size_bytes.take(seen) / m.service_s.take(seen)
-            age[:, h] = np.minimum(age[:, h], m.age_s)
-            bound[:, h] = m.bound_bytes_per_s
-        overdue = bound < rate
+        bytes_per_s, age_s = self._bandwidth.note(self._measured)
         self._completed_rps = record.completed / self._dt_s
         mean = record.latency_sum_s / np.maximum(record.completed, 1)
         ratio = mean / self.model.references.latency_s
         counted = record.arrived / self._dt_s - old.arrival_rps
         self._state = SystemState(
-            bytes_per_s=np.where(overdue, bound, rate),
-            bandwidth_age_s=np.where(overdue, 0.0, age),
+            bytes_per_s=bytes_per_s,
+            bandwidth_age_s=age_s,
             rtt_s=self._rtt_s,
             node_load=1.0 - conditions.node_speed[:, :, -1],
             node_backlog_s=np.stack(self._backlog[0::2], axis=1),

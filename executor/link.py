@@ -16,12 +16,20 @@ from statistics import fmean
 from executor.errors import ConfigError
 from executor.profile import HopModel
 
-__all__ = ["MIN_PROBE_BYTES", "ClockOffset", "HopEstimate", "PassiveEstimator", "two_point"]
+__all__ = [
+    "MIN_PROBE_BYTES",
+    "WINDOW_S",
+    "ClockOffset",
+    "HopEstimate",
+    "PassiveEstimator",
+    "two_point",
+]
 
 MIN_FRAME_BYTES = 16 * 1024
 MIN_PROBE_BYTES = 4096
 PING_PERIOD_S = 0.5
 RTT_WINDOW_S = 10.0
+WINDOW_S = 1.0
 MIN_SERVICE_S = 1e-6
 CLOCK_STEP_S = 1e-6  # clocks read that close together may seem to run backwards
 
@@ -86,13 +94,13 @@ class PassiveEstimator:
     Frames arrive in the order they were sent and each is acknowledged once, so the hop is a serial
     server: a frame's service starts when it reaches the link or when the frame before it has been
     received, whichever is later, and ends when it has been received. Bandwidth is bytes over
-    service of the last second; small frames, whose service is mostly overhead, do not count, but
-    for probes, which are small on a slow hop.
+    service of the last `WINDOW_S` up to the newest; small frames, whose service is mostly
+    overhead, do not count, but for probes, which are small on a slow hop.
 
     One thread reports frames; `backlog_s` may be asked from another.
     """
 
-    def __init__(self, window_s: float = 1.0, min_frame_bytes: int = MIN_FRAME_BYTES) -> None:
+    def __init__(self, window_s: float = WINDOW_S, min_frame_bytes: int = MIN_FRAME_BYTES) -> None:
         self._window_s = window_s
         self._min_frame_bytes = min_frame_bytes
         self._in_flight: deque[tuple[int, float, bool]] = deque()  # bytes, sent, does it count

@@ -8,6 +8,7 @@ import numpy as np
 from toy_chain import SPEC
 
 from env._chain import REPLY_RATE_FLOOR
+from executor.link import WINDOW_S
 
 
 @dataclass
@@ -137,6 +138,24 @@ def lately_of(intervals, scenario):
     return replace(intervals[-1].held(), **means)
 
 
+def measured_rate(frames, now_s, dt):
+    """The rate that a hop's sender knows at an interval's end, and the end of its newest frame.
+
+    Bytes over service of the frames of the last second up to the newest: of whole intervals of
+    `dt` where those are shorter, of one interval where it is longer. `frames` are (end, seconds of
+    service, bytes) of those that count; None where none had ended.
+    """
+    ended = [f for f in frames if f[0] <= now_s]
+    if not ended:
+        return None
+    newest = max(f[0] for f in ended)
+    since = dt * (np.ceil(newest / dt) - max(1, round(WINDOW_S / dt)))
+    if dt > WINDOW_S:
+        since = max(since, newest - WINDOW_S)
+    counted = [f for f in ended if f[0] > since]
+    return sum(f[2] for f in counted) / sum(f[1] for f in counted), newest
+
+
 class LateReference(Reference):
     """With late binding: the fog's turns are events of their own, and the tables are asked there.
 
@@ -152,13 +171,10 @@ class LateReference(Reference):
         self.choices = 0
 
     def known(self, begin):
-        """The hop's rate as measured in the last interval before `begin` that measured any."""
-        for k in range(round(begin / self.dt), 0, -1):
-            low, high = (k - 1) * self.dt, k * self.dt
-            ended = [f for f in self.frames if low < f[2] <= high and f[3]]
-            if ended:
-                return sum(f[4] for f in ended) / sum(f[2] - f[1] for f in ended)
-        return self.first_rate
+        """The hop's rate as measured before the interval that starts at `begin`."""
+        frames = [(end, end - start, size) for _, start, end, counts, size in self.frames if counts]
+        known = measured_rate(frames, begin, self.dt)
+        return known[0] if known else self.first_rate
 
     def backlog_s(self, now_s):
         """What the sender of hop 1 reckons it holds, seconds."""

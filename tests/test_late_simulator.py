@@ -9,7 +9,7 @@ from toy_chain import SPEC, constant_scenario, random_cuts, toy_profile, toy_sce
 from agents.arms.branches import Branches
 from agents.arms.controllers import Solver
 from agents.arms.oracle import PlanSequence
-from env._accounting import MEASURED_BYTES
+from env._bandwidth import MEASURED_BYTES
 from env.conditions import mean_delay_s
 from env.cost import Cost
 from env.late import ROWS, LateRule, LateTables

@@ -4,10 +4,18 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from event_simulation import Item, Reference, first_rate, lately_of, overlap, union
+from event_simulation import (
+    Item,
+    Reference,
+    first_rate,
+    lately_of,
+    measured_rate,
+    overlap,
+    union,
+)
 from toy_chain import SLOWEST_MBPS, SPEC, constant_scenario, random_cuts, toy_profile, toy_scenario
 
-from env._accounting import MEASURED_BYTES
+from env._bandwidth import MEASURED_BYTES
 from env.conditions import Conditions
 from env.cost import Cost, IntervalRecord
 from env.predict import CostModel
@@ -137,7 +145,7 @@ def pinged(reference, hop, now_s):
 
 def check_records(b, reference, model, results, items, intervals):
     """Records and states of environment b against the reference's requests."""
-    dt, held = model.scenario.interval_s, {}
+    dt = model.scenario.interval_s
     spans = [(x.arrival_s, x.completion_s if np.isfinite(x.completion_s) else 1e9) for x in items]
     uses = {s: [] for s in range(len(reference.rates))}
     for item in items:
@@ -185,12 +193,9 @@ def check_records(b, reference, model, results, items, intervals):
                 assert s.node_backlog_s[b, station // 2] == pytest.approx(left, abs=1e-6)
                 continue
             h = station // 2
-            ended = [(e, e - a, w) for _, a, e, w in here if t0 < e <= t1 and w >= MEASURED_BYTES]
-            if ended:
-                rate = sum(w for *_, w in ended) / sum(wall for _, wall, _ in ended)
-                held[h] = (rate, max(ended)[0])
+            frames = [(e, e - a, w) for _, a, e, w in here if w >= MEASURED_BYTES]
             first = first_rate(model.scenario, intervals[0].hop_bytes_per_s[b, h, 0])
-            rate, seen = held.get(h, (first, 0.0))
+            rate, seen = measured_rate(frames, t1, dt) or (first, 0.0)
             # The frame on the hop bounds the rate by the time it has taken, a round trip late.
             rtt_s = s.rtt_s[b, h]
             for _, start, end, size in here:

@@ -1,0 +1,119 @@
+"""What frames have measured of the hops: a sender's estimate of bandwidth, and how old it is.
+
+As `executor.link.PassiveEstimator`: bytes over service of the frames of the last `WINDOW_S` up to
+the newest. Where intervals are shorter, the simulator counts that window in whole ones; where they
+are longer, only frames of the newest one's interval count.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from env._stations import Departures, RequestStore, sums
+from executor.link import WINDOW_S
+
+__all__ = ["Bandwidth", "Measured", "measure"]
+
+F64 = NDArray[np.float64]
+I64 = NDArray[np.int64]
+
+MEASURED_BYTES = 16384  # frames below are dominated by overhead; the passive estimate skips them
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a hop's frames measured in an interval, [B] each; the age is infinite where nothing.
+
+    `bound_bytes_per_s` is what the frame still on the hop allows at most: its bytes over the time
+    it has taken so far, as its sender sees it (a round trip late); infinite where there is none.
+    Without it an outage would show only when it is over (`executor.link.PassiveEstimator`).
+    """
+
+    size_bytes: F64
+    service_s: F64
+    age_s: F64
+    bound_bytes_per_s: F64
+
+
+def measure(
+    store: RequestStore, station: int, left: Departures, dt_s: float, rtt_s: F64
+) -> Measured:
+    """Bytes and service seconds of probes and of frames large enough to measure.
+
+    `rtt_s` [B] is the hop's round trip as known to its sender.
+    """
+    batch = len(rtt_s)
+    large = left.work >= MEASURED_BYTES
+    env, depart = left.env, left.depart_s
+    size, wall = left.departed_work, left.departed_wall_s
+    if not large.all():
+        large |= store.is_probe.take(left.slot)
+    if dt_s > WINDOW_S:
+        newest = np.full(batch, -np.inf)
+        newest[env[large]] = depart[large]  # of repeated indices the last, newest, stays
+        large &= depart > newest.take(env) - WINDOW_S
+    if not large.all():
+        env, depart = env[large], depart[large]
+        size = sums(env, left.work[large], batch)
+        wall = sums(env, left.wall_s[large], batch)
+    age = np.full(batch, np.inf)
+    age[env] = dt_s - depart  # the newest stays, likewise
+    bound = np.full(batch, np.inf)
+    head = left.head_slot
+    head_bytes, head_env = store.work[station].take(head), store.env.take(head)
+    seen_s = left.head_elapsed_s - rtt_s.take(head_env)
+    overdue = (seen_s > 0) & ((head_bytes >= MEASURED_BYTES) | store.is_probe.take(head))
+    bound[head_env[overdue]] = head_bytes[overdue] / seen_s[overdue]
+    return Measured(size, wall, age, bound)
+
+
+class Bandwidth:
+    """The estimates of every hop, from interval to interval.
+
+    Args:
+        bytes_per_s: [B, H] what is known at the start.
+        interval_s: Length of an interval.
+
+    Attributes:
+        bytes_per_s, age_s: [B, H] the estimate, and the seconds since what it rests on.
+    """
+
+    def __init__(self, bytes_per_s: F64, interval_s: float) -> None:
+        self.bytes_per_s = bytes_per_s.copy()
+        self.age_s = np.zeros_like(bytes_per_s)
+        self._interval_s = interval_s
+        # Bytes and seconds of service in each interval of the window, the oldest overwritten.
+        intervals = max(1, round(WINDOW_S / interval_s))
+        self._lately = np.zeros((2, intervals, *bytes_per_s.shape))
+        self._turn = 0
+
+    def take(self, index: I64) -> Bandwidth:
+        """Environment b of the result has the estimates of this one's environment index[b]."""
+        taken = Bandwidth(self.bytes_per_s[index], self._interval_s)
+        taken.age_s = self.age_s[index]
+        taken._lately, taken._turn = self._lately[:, :, index], self._turn
+        return taken
+
+    def note(self, measured: list[Measured]) -> tuple[F64, F64]:
+        """Take in what an interval measured, hop by hop.
+
+        Returns:
+            Bandwidth and age as the sender tells them, [B, H]: a frame that is overdue lowers the
+            one, as of now, and is forgotten when it is through.
+        """
+        self.age_s += self._interval_s
+        now = self._lately[:, self._turn]
+        self._turn = (self._turn + 1) % self._lately.shape[1]
+        bound = np.empty_like(self.bytes_per_s)
+        for h, m in enumerate(measured):
+            now[0, :, h], now[1, :, h] = m.size_bytes, m.service_s
+            self.age_s[:, h] = np.minimum(self.age_s[:, h], m.age_s)
+            bound[:, h] = m.bound_bytes_per_s
+            seen = np.flatnonzero(m.age_s < np.inf)
+            size_bytes, service_s = self._lately[:, :, seen, h].sum(axis=1)
+            self.bytes_per_s[seen, h] = size_bytes / service_s
+        overdue = bound < self.bytes_per_s
+        return np.where(overdue, bound, self.bytes_per_s), np.where(overdue, 0.0, self.age_s)
