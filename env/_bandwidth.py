@@ -1,8 +1,6 @@
 """What frames have measured of the hops: a sender's estimate of bandwidth, and how old it is.
 
-As `executor.link.PassiveEstimator`: bytes over service of the frames of the last `WINDOW_S` up to
-the newest. Where intervals are shorter, the simulator counts that window in whole ones; where they
-are longer, only frames of the newest one's interval count.
+As `executor.link.PassiveEstimator`: bytes over service, older frames counting exponentially less.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from env._stations import Departures, RequestStore, sums
-from executor.link import WINDOW_S
+from executor.link import RATE_MEMORY_S
 
 __all__ = ["Bandwidth", "Measured", "measure"]
 
@@ -27,6 +25,8 @@ MEASURED_BYTES = 16384  # frames below are dominated by overhead; the passive es
 class Measured:
     """What a hop's frames measured in an interval, [B] each; the age is infinite where nothing.
 
+    Bytes and service are sums in which a frame counts exp(-t / `RATE_MEMORY_S`) as much as one that
+    was through at the interval's end, t later.
     `bound_bytes_per_s` is what the frame still on the hop allows at most: its bytes over the time
     it has taken so far, as its sender sees it (a round trip late); infinite where there is none.
     Without it an outage would show only when it is over (`executor.link.PassiveEstimator`).
@@ -46,21 +46,13 @@ def measure(
     `rtt_s` [B] is the hop's round trip as known to its sender.
     """
     batch = len(rtt_s)
-    large = left.work >= MEASURED_BYTES
-    env, depart = left.env, left.depart_s
-    size, wall = left.departed_work, left.departed_wall_s
-    if not large.all():
-        large |= store.is_probe.take(left.slot)
-    if dt_s > WINDOW_S:
-        newest = np.full(batch, -np.inf)
-        newest[env[large]] = depart[large]  # of repeated indices the last, newest, stays
-        large &= depart > newest.take(env) - WINDOW_S
-    if not large.all():
-        env, depart = env[large], depart[large]
-        size = sums(env, left.work[large], batch)
-        wall = sums(env, left.wall_s[large], batch)
+    large = (left.work >= MEASURED_BYTES) | store.is_probe.take(left.slot)
+    env, ago_s = left.env[large], dt_s - left.depart_s[large]
+    weight = np.exp(ago_s / -RATE_MEMORY_S)
+    size = sums(env, left.work[large] * weight, batch)
+    wall = sums(env, left.wall_s[large] * weight, batch)
     age = np.full(batch, np.inf)
-    age[env] = dt_s - depart  # the newest stays, likewise
+    age[env] = ago_s  # of repeated indices the last, newest, stays
     bound = np.full(batch, np.inf)
     head = left.head_slot
     head_bytes, head_env = store.work[station].take(head), store.env.take(head)
@@ -85,16 +77,12 @@ class Bandwidth:
         self.bytes_per_s = bytes_per_s.copy()
         self.age_s = np.zeros_like(bytes_per_s)
         self._interval_s = interval_s
-        # Bytes and seconds of service in each interval of the window, the oldest overwritten.
-        intervals = max(1, round(WINDOW_S / interval_s))
-        self._lately = np.zeros((2, intervals, *bytes_per_s.shape))
-        self._turn = 0
+        self._counted = np.zeros((2, *bytes_per_s.shape))  # bytes and seconds of service
 
     def take(self, index: I64) -> Bandwidth:
         """Environment b of the result has the estimates of this one's environment index[b]."""
         taken = Bandwidth(self.bytes_per_s[index], self._interval_s)
-        taken.age_s = self.age_s[index]
-        taken._lately, taken._turn = self._lately[:, :, index], self._turn
+        taken.age_s, taken._counted = self.age_s[index], self._counted[:, index]
         return taken
 
     def note(self, measured: list[Measured]) -> tuple[F64, F64]:
@@ -105,15 +93,14 @@ class Bandwidth:
             one, as of now, and is forgotten when it is through.
         """
         self.age_s += self._interval_s
-        now = self._lately[:, self._turn]
-        self._turn = (self._turn + 1) % self._lately.shape[1]
+        self._counted *= np.exp(self._interval_s / -RATE_MEMORY_S)
         bound = np.empty_like(self.bytes_per_s)
         for h, m in enumerate(measured):
-            now[0, :, h], now[1, :, h] = m.size_bytes, m.service_s
+            self._counted[:, :, h] += m.size_bytes, m.service_s
             self.age_s[:, h] = np.minimum(self.age_s[:, h], m.age_s)
             bound[:, h] = m.bound_bytes_per_s
             seen = np.flatnonzero(m.age_s < np.inf)
-            size_bytes, service_s = self._lately[:, :, seen, h].sum(axis=1)
+            size_bytes, service_s = self._counted[:, seen, h]
             self.bytes_per_s[seen, h] = size_bytes / service_s
         overdue = bound < self.bytes_per_s
         return np.where(overdue, bound, self.bytes_per_s), np.where(overdue, 0.0, self.age_s)

@@ -18,7 +18,7 @@ from executor.profile import HopModel
 
 __all__ = [
     "MIN_PROBE_BYTES",
-    "WINDOW_S",
+    "RATE_MEMORY_S",
     "ClockOffset",
     "HopEstimate",
     "PassiveEstimator",
@@ -29,7 +29,7 @@ MIN_FRAME_BYTES = 16 * 1024
 MIN_PROBE_BYTES = 4096
 PING_PERIOD_S = 0.5
 RTT_WINDOW_S = 10.0
-WINDOW_S = 1.0
+RATE_MEMORY_S = 1.0  # a frame counts for 1/e of one that comes so much later
 MIN_SERVICE_S = 1e-6
 CLOCK_STEP_S = 1e-6  # clocks read that close together may seem to run backwards
 
@@ -94,17 +94,21 @@ class PassiveEstimator:
     Frames arrive in the order they were sent and each is acknowledged once, so the hop is a serial
     server: a frame's service starts when it reaches the link or when the frame before it has been
     received, whichever is later, and ends when it has been received. Bandwidth is bytes over
-    service of the last `WINDOW_S` up to the newest; small frames, whose service is mostly
-    overhead, do not count, but for probes, which are small on a slow hop.
+    service, a frame counting exp(-t / `memory_s`) as much as one that was received t later; small
+    frames, whose service is mostly overhead, do not count, but for probes, which are small on a
+    slow hop.
 
     One thread reports frames; `backlog_s` may be asked from another.
     """
 
-    def __init__(self, window_s: float = WINDOW_S, min_frame_bytes: int = MIN_FRAME_BYTES) -> None:
-        self._window_s = window_s
+    def __init__(
+        self, memory_s: float = RATE_MEMORY_S, min_frame_bytes: int = MIN_FRAME_BYTES
+    ) -> None:
+        self._memory_s = memory_s
         self._min_frame_bytes = min_frame_bytes
         self._in_flight: deque[tuple[int, float, bool]] = deque()  # bytes, sent, does it count
-        self._services: deque[tuple[float, int, float]] = deque()  # received, bytes, service
+        self._counted_bytes, self._counted_s = 0.0, 0.0  # bytes and service of frames that count
+        self._counted_to_s = -math.inf  # when the newest of them was received
         self._returns: deque[tuple[float, float]] = deque()  # acknowledged, return delay
         self._last_received_s = -math.inf
         self._lock = threading.Lock()
@@ -139,9 +143,10 @@ class PassiveEstimator:
         self._last_received_s = max(self._last_received_s, received_s)
         if not counts or service_s < MIN_SERVICE_S:
             return
-        self._services.append((received_s, frame_bytes, service_s))
-        while self._services[0][0] < received_s - self._window_s:
-            self._services.popleft()
+        left = math.exp(min(0.0, self._counted_to_s - received_s) / self._memory_s)
+        self._counted_bytes = left * self._counted_bytes + frame_bytes
+        self._counted_s = left * self._counted_s + service_s
+        self._counted_to_s = received_s
 
     def on_lost(self) -> None:
         """The connection broke: what was in flight will not be acknowledged."""
@@ -169,10 +174,9 @@ class PassiveEstimator:
         an outage would show only when it is over.
         """
         estimate = None
-        if self._services:
-            total_bytes = sum(size for _, size, _ in self._services)
-            rate = total_bytes / sum(service for _, _, service in self._services)
-            estimate = HopEstimate(rate, max(0.0, now_s - self._services[-1][0]))
+        if self._counted_s:
+            rate = self._counted_bytes / self._counted_s
+            estimate = HopEstimate(rate, max(0.0, now_s - self._counted_to_s))
         if self._in_flight and estimate:
             frame_bytes, sent_s, counts = self._in_flight[0]
             seen_until_s = now_s - (self.rtt_s or 0.0) / 2.0

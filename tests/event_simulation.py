@@ -8,7 +8,7 @@ import numpy as np
 from toy_chain import SPEC
 
 from env._chain import REPLY_RATE_FLOOR
-from executor.link import WINDOW_S
+from executor.link import RATE_MEMORY_S
 
 
 @dataclass
@@ -138,22 +138,18 @@ def lately_of(intervals, scenario):
     return replace(intervals[-1].held(), **means)
 
 
-def measured_rate(frames, now_s, dt):
-    """The rate that a hop's sender knows at an interval's end, and the end of its newest frame.
+def measured_rate(frames, now_s):
+    """The rate that a hop's sender knows, and the end of its newest frame; None before the first.
 
-    Bytes over service of the frames of the last second up to the newest: of whole intervals of
-    `dt` where those are shorter, of one interval where it is longer. `frames` are (end, seconds of
-    service, bytes) of those that count; None where none had ended.
+    `frames` are (end, seconds of service, bytes) of those that count.
     """
     ended = [f for f in frames if f[0] <= now_s]
     if not ended:
         return None
     newest = max(f[0] for f in ended)
-    since = dt * (np.ceil(newest / dt) - max(1, round(WINDOW_S / dt)))
-    if dt > WINDOW_S:
-        since = max(since, newest - WINDOW_S)
-    counted = [f for f in ended if f[0] > since]
-    return sum(f[2] for f in counted) / sum(f[1] for f in counted), newest
+    weights = [np.exp((f[0] - newest) / RATE_MEMORY_S) for f in ended]
+    size = sum(w * f[2] for w, f in zip(weights, ended, strict=True))
+    return size / sum(w * f[1] for w, f in zip(weights, ended, strict=True)), newest
 
 
 class LateReference(Reference):
@@ -173,7 +169,7 @@ class LateReference(Reference):
     def known(self, begin):
         """The hop's rate as measured before the interval that starts at `begin`."""
         frames = [(end, end - start, size) for _, start, end, counts, size in self.frames if counts]
-        known = measured_rate(frames, begin, self.dt)
+        known = measured_rate(frames, begin)
         return known[0] if known else self.first_rate
 
     def backlog_s(self, now_s):

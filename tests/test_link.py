@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from executor._hop import Hop, ProbeRun
 from executor.errors import ConfigError
-from executor.link import ClockOffset, PassiveEstimator, two_point
+from executor.link import RATE_MEMORY_S, ClockOffset, PassiveEstimator, two_point
 from executor.profile import HopModel
 from executor.wire import Header, Kind, array_body, parse
 
@@ -127,12 +127,16 @@ def test_a_hop_measures_by_its_own_probes():
     assert hop.rate.estimate(2.02).bytes_per_s == pytest.approx(250_000)
 
 
-def test_the_window_forgets_the_old_rate():
+def test_older_frames_count_exponentially_less():
     hop = SerialHop(1e6, 0.0)
-    end_s = hop.play([(1.0, LARGE)])
+    first_s = hop.play([(1.0, LARGE)])
     hop.bytes_per_s = 1e7
-    end_s = hop.play([(end_s + 2.0, LARGE)])
-    assert hop.estimator.estimate(end_s).bytes_per_s == pytest.approx(1e7, rel=1e-3)
+    second_s = hop.play([(first_s + 1.0, LARGE)])
+    left = math.exp(-(second_s - first_s) / RATE_MEMORY_S)
+    expected = (left * LARGE + LARGE) / (left * LARGE / 1e6 + LARGE / 1e7)
+    assert hop.estimator.estimate(second_s).bytes_per_s == pytest.approx(expected, rel=1e-3)
+    third_s = hop.play([(second_s + 12.0, LARGE)])
+    assert hop.estimator.estimate(third_s).bytes_per_s == pytest.approx(1e7, rel=1e-3)
 
 
 def test_an_acknowledgement_kept_back_does_not_make_the_hop_longer():
@@ -255,7 +259,8 @@ def test_frames_alone_measure_a_hop_whatever_the_far_clock_says(ahead_s):
     now_s, seq = 0.0, 0
     for bytes_per_s in (5e6, 1e6, 2.5e7):
         far.bytes_per_s = bytes_per_s
-        for _ in range(12):
+        end_s = now_s + 8.0  # of what was before, 1 / 3000 is left
+        while now_s < end_s:
             hop.tick(now_s)
             now_s = far.take(now_s) + 0.05
             seq += 1

@@ -195,7 +195,7 @@ def check_records(b, reference, model, results, items, intervals):
             h = station // 2
             frames = [(e, e - a, w) for _, a, e, w in here if w >= MEASURED_BYTES]
             first = first_rate(model.scenario, intervals[0].hop_bytes_per_s[b, h, 0])
-            rate, seen = measured_rate(frames, t1, dt) or (first, 0.0)
+            rate, seen = measured_rate(frames, t1) or (first, 0.0)
             # The frame on the hop bounds the rate by the time it has taken, a round trip late.
             rtt_s = s.rtt_s[b, h]
             for _, start, end, size in here:
