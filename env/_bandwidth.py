@@ -85,6 +85,14 @@ class Bandwidth:
         taken.age_s, taken._counted = self.age_s[index], self._counted[:, index]
         return taken
 
+    def of_hop(self, hop: int, env: I64) -> tuple[F64, F64]:
+        """Of that hop of these environments: bytes per second, and the sums that it rests on.
+
+        The sums [2, n], bytes and seconds of service, are as they count at the interval's end; 0
+        where no frame was measured yet.
+        """
+        return self.bytes_per_s[env, hop], self._counted[:, env, hop]
+
     def note(self, measured: list[Measured]) -> tuple[F64, F64]:
         """Take in what an interval measured, hop by hop.
 

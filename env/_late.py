@@ -2,9 +2,9 @@
 
 A request's turn is when its compute begins; one that is only relayed has it on arrival, and joins
 the fog's queue if there is something to compute after all. The fog knows what a sender knows: the
-bytes of the frames that have not left its hop, and the rate of those that have, in this interval
-or else when one was last measured; a frame that takes longer than that bounds the rate from above.
-(That acknowledgements are on their way for a while is left out.)
+bytes of the frames that have not left its hop, and the rate of those that have; a frame that takes
+longer than that bounds the rate from above. (That acknowledgements are on their way for a while is
+left out.)
 
 What is chosen decides what waits on the hop for the next request, so choices are made one after
 the other, event by event, in all environments at once. They fix each request's work; fog and hop
@@ -16,9 +16,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from env._bandwidth import MEASURED_BYTES
+from env._bandwidth import MEASURED_BYTES, Bandwidth
 from env._stations import Rates, RequestStore, Station
 from env._transfer import transfer_costs
+from executor.link import RATE_MEMORY_S
 from executor.profile import Profile
 
 __all__ = ["LateBinding"]
@@ -33,16 +34,17 @@ NEVER = np.inf
 
 
 class _Frames:
-    """What a hop holds and has carried in this interval, per environment (a row each).
+    """What a hop holds and has carried, per environment (a row each).
 
     Args:
         room: Most frames of one environment.
         reach: Reach at which what is there is done, less the frames still to be added: minus what
             was already done of the first.
         start_s: When the first one's service began.
+        counted: [2, n] bytes and seconds of service measured before (`env._bandwidth.Bandwidth`).
     """
 
-    def __init__(self, room: int, reach: F64, start_s: F64) -> None:
+    def __init__(self, room: int, reach: F64, start_s: F64, counted: F64) -> None:
         n = len(reach)
         self._size, self._start_s = np.zeros((n, room)), np.zeros((n, room))
         self._end_s = np.full((n, room + 1), NEVER)
@@ -50,7 +52,7 @@ class _Frames:
         self._reach, self._free_s = reach, start_s
         self._first, self._count = np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.int64)
         self._held = np.zeros(n)
-        self._measured_bytes, self._measured_s = np.zeros(n), np.zeros(n)
+        self._counted, self._counted_to_s = counted, np.zeros(n)
 
     def add(
         self, row: I64, env: I64, time_s: F64, size: F64, probe: NDArray[np.bool_], rates: Rates
@@ -76,13 +78,12 @@ class _Frames:
             left, now, k = left[gone], now[gone], k[gone]
             size, counts = self._size[left, k], self._counts[left, k]
             self._held[left] -= size
-            self._measured_bytes[left] += size * counts
-            self._measured_s[left] += (self._end_s[left, k] - self._start_s[left, k]) * counts
+            self._count_in(left[counts], k[counts])
             self._first[left] += 1
         held = self._held[row] * (self._first[row] < self._count[row])
-        seen_s = self._measured_s[row]
-        measured = self._measured_bytes[row] / np.maximum(seen_s, 1e-12)
-        rate = np.where(seen_s > 0, measured, known_rate)
+        counted_bytes, counted_s = self._counted[:, row]
+        measured = counted_bytes / np.where(counted_s > 0, counted_s, 1.0)
+        rate = np.where(counted_s > 0, measured, known_rate)
         k = np.minimum(self._first[row], self._size.shape[1] - 1)
         elapsed_s = time_s - self._start_s[row, k] - rtt_s
         overdue = (held > 0) & self._counts[row, k] & (elapsed_s > 0)
@@ -90,6 +91,14 @@ class _Frames:
         rate = np.where(overdue, np.minimum(rate, bound), rate)
         backlog: F64 = held / np.maximum(rate, 1e-3)
         return backlog
+
+    def _count_in(self, row: I64, k: I64) -> None:
+        """Take in what the frame k of these rows has measured."""
+        end_s = self._end_s[row, k]
+        left = np.exp((self._counted_to_s[row] - end_s) / RATE_MEMORY_S)
+        new = np.stack([self._size[row, k], end_s - self._start_s[row, k]])
+        self._counted[:, row] = left * self._counted[:, row] + new
+        self._counted_to_s[row] = end_s
 
 
 class _Lane:
@@ -252,7 +261,7 @@ class LateBinding:
         flows: list[Chunks],
         rates: list[Rates],
         dt_s: float,
-        known_rate: F64,
+        bandwidth: Bandwidth,
         rtt_s: F64,
     ) -> None:
         """Let every request whose turn comes in this interval have its cut.
@@ -264,8 +273,8 @@ class LateBinding:
                 is computed moves from the one to the other.
             rates: The stations' rates.
             dt_s: The interval.
-            known_rate: [B] bytes/s of the hop, as measured before.
-            rtt_s: [B] its round trip, as measured.
+            bandwidth: What was measured of the hops before.
+            rtt_s: [B] the hop's round trip, as measured.
         """
         fog, hop = stations[FOG], stations[HOP]
         queued, queued_s, fog_done, _ = fog.contents()
@@ -295,10 +304,11 @@ class LateBinding:
         relays = np.zeros(store.capacity, dtype=bool)
         relays[direct[gate]] = True
         room = np.bincount(np.concatenate([v_row[v_row >= 0], d_row[ours]]), minlength=n).max()
-        frames = _Frames(int(room), -hop_done[envs], hop_start_s[envs])
+        known_rate, counted = bandwidth.of_hop(1, envs)
+        frames = _Frames(int(room), -hop_done[envs], hop_start_s[envs], counted)
         _Turns(
             self, store, envs, rates, visits, arrivals, relays, fog_done[envs], frames,
-            known_rate[envs], rtt_s[envs],
+            known_rate, rtt_s[envs],
         ).run(dt_s)  # fmt: skip
         self._move(relays, hop, flows)  # what is left of them joined the queue
 

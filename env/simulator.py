@@ -385,8 +385,8 @@ class Simulator:
             self._rtt_s = self._pings.rtt_s(self.time_s + dt, self._rtt_s)
         for s, station in enumerate(self._stations):
             if s == FOG and self._late is not None:
-                known, rtt_s = self._bandwidth.bytes_per_s[:, 1], self._state.rtt_s[:, 1]
-                self._late.choose(store, self._stations, flows, rates, dt, known, rtt_s)
+                rtt_s = self._state.rtt_s[:, 1]
+                self._late.choose(store, self._stations, flows, rates, dt, self._bandwidth, rtt_s)
             left = station.serve(store, flows[s], rates[s], dt)
             self._backlog.append(left.backlog)
             if self.record_requests:

@@ -155,34 +155,23 @@ def measured_rate(frames, now_s):
 class LateReference(Reference):
     """With late binding: the fog's turns are events of their own, and the tables are asked there.
 
-    An item's `rows` are its table's (limit, cut), its `cuts` the plan. The hop's rate is that
-    measured in earlier intervals; intervals last `dt`, up to `last_s`, when one without an end
-    begins; `rtt_s` is the hop's round trip.
+    An item's `rows` are its table's (limit, cut), its `cuts` the plan; `rtt_s` is the hop's round
+    trip.
     """
 
-    def __init__(self, *args, measured_bytes, first_rate, dt, last_s, rtt_s, **kwargs):
+    def __init__(self, *args, measured_bytes, first_rate, rtt_s, **kwargs):
         super().__init__(*args, **kwargs)
         self.measured_bytes, self.first_rate = measured_bytes, first_rate
-        self.dt, self.last_s, self.rtt_s = dt, last_s, rtt_s
+        self.rtt_s = rtt_s
         self.choices = 0
-
-    def known(self, begin):
-        """The hop's rate as measured before the interval that starts at `begin`."""
-        frames = [(end, end - start, size) for _, start, end, counts, size in self.frames if counts]
-        known = measured_rate(frames, begin)
-        return known[0] if known else self.first_rate
 
     def backlog_s(self, now_s):
         """What the sender of hop 1 reckons it holds, seconds."""
         held = [f for f in self.frames if f[0] <= now_s and f[2] > now_s]
         if not held:
             return 0.0
-        # A choice on an interval's boundary belongs to the one before.
-        begin = min(self.dt * max(0, int(np.ceil(now_s / self.dt - 1e-9)) - 1), self.last_s)
-        gone = [f for f in self.frames if begin < f[2] <= now_s and f[3]]
-        rate = self.known(begin)
-        if gone:
-            rate = sum(f[4] for f in gone) / sum(f[2] - f[1] for f in gone)
+        frames = [(end, end - start, size) for _, start, end, counts, size in self.frames if counts]
+        rate, _ = measured_rate(frames, now_s) or (self.first_rate, 0.0)
         _, start, _, counts, size = min(held, key=lambda f: f[2])
         elapsed = now_s - start - self.rtt_s
         if counts and elapsed > 0:

@@ -78,8 +78,6 @@ def test_equals_event_by_event_with_late_binding(interval_s, substep_s, steps, s
             conditions.substep_s,
             measured_bytes=MEASURED_BYTES,
             first_rate=first_rate(scenario, hop[b, 1, 0]),
-            dt=interval_s,
-            last_s=steps * interval_s,
             rtt_s=2.0 * mean_delay_s(scenario.hops[1]),
         )
         done = [r.completed for r in [*results, drained]]

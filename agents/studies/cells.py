@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["Cell", "make_testbed_system"]
 
 # Arms that decide with a cost model, which `--recalibrate` corrects.
-PREDICTING = (
+RECALIBRATED = (
     "solver",
     "predictive",
     "mpc",
@@ -210,7 +210,7 @@ class Cell:
 
     def _corrects(self, name: str) -> bool:
         """Whether an arm corrects the profile that it is told."""
-        return bool(self.args.recalibrate and name in PREDICTING)
+        return bool(self.args.recalibrate and name in RECALIBRATED)
 
     def _simulated(
         self, arm: Controller, name: str, seed: int, slowness: NDArray[np.float64]

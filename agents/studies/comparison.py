@@ -234,7 +234,7 @@ def _pooled(parts: list[Cell]) -> dict[str, Any]:
 
 def _simulated(parts: list[Cell]) -> dict[str, Any]:
     """What the arms did in the simulator beside the testbed (`Cell.simulated`); {} if nothing."""
-    names = [name for name in parts[0].simulated if all(name in p.simulated for p in parts)]
+    names = list(parts[0].simulated)
     if not names:
         return {}
     runs = {name: ArmRun.stack([p.simulated[name] for p in parts]) for name in names}
