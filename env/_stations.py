@@ -180,7 +180,6 @@ class Departures:
         ready_s: When each arrived here, perhaps before the interval.
         wall_s: Its seconds in service; empty where the station is not `timed`.
         departed_work: [B] sum of `work`.
-        departed_wall_s: [B] sum of `wall_s`; empty likewise.
         spent: [B] work done in the interval.
         busy_s: [B] seconds serving in the interval.
         backlog: [B] work left of those that have arrived and not departed.
@@ -195,7 +194,6 @@ class Departures:
     work: F64
     wall_s: F64
     departed_work: F64
-    departed_wall_s: F64
     spent: F64
     busy_s: F64
     backlog: F64
@@ -260,8 +258,7 @@ class Station:
         if len(slot) == 0:
             zeros = np.zeros(self.batch)
             return Departures(
-                slot, slot, ready, ready, ready, ready, zeros, zeros, zeros, zeros, zeros, slot,
-                ready,
+                slot, slot, ready, ready, ready, ready, zeros, zeros, zeros, zeros, slot, ready
             )  # fmt: skip
         env = store.env.take(slot)
         # By environment, then by arrival here.
@@ -303,14 +300,13 @@ class Station:
         spent = departed_work - self._served + served
         if timed:
             wall = depart - start.take(gone)
-            departed_wall = sums(env, wall, self.batch)
-            busy = departed_wall + self._start_s - began
+            busy = sums(env, wall, self.batch) + self._start_s - began
         else:
-            wall, departed_wall, busy = NO_TIMES, NO_TIMES, spent / rates.rate[:, 0]
+            wall, busy = NO_TIMES, spent / rates.rate[:, 0]
         self._served, self._start_s = served, began
         return Departures(
             slot.take(gone), env, depart, ready.take(gone), work, wall, departed_work,
-            departed_wall, spent, busy, backlog, head_slot, elapsed,
+            spent, busy, backlog, head_slot, elapsed,
         )  # fmt: skip
 
     def _finish(self, env: I64, ready: F64, work: F64, head: I64, rates: Rates, dt_s: float) -> F64:
