@@ -46,11 +46,14 @@ def measure(
     `rtt_s` [B] is the hop's round trip as known to its sender.
     """
     batch = len(rtt_s)
-    large = (left.work >= MEASURED_BYTES) | store.is_probe.take(left.slot)
-    env, ago_s = left.env[large], dt_s - left.depart_s[large]
+    env, depart, work, wall = left.env, left.depart_s, left.work, left.wall_s
+    large = work >= MEASURED_BYTES
+    if not large.all():
+        large |= store.is_probe.take(left.slot)
+        env, depart, work, wall = env[large], depart[large], work[large], wall[large]
+    ago_s = dt_s - depart
     weight = np.exp(ago_s / -RATE_MEMORY_S)
-    size = sums(env, left.work[large] * weight, batch)
-    wall = sums(env, left.wall_s[large] * weight, batch)
+    size, service = sums(env, work * weight, batch), sums(env, wall * weight, batch)
     age = np.full(batch, np.inf)
     age[env] = ago_s  # of repeated indices the last, newest, stays
     bound = np.full(batch, np.inf)
@@ -59,7 +62,7 @@ def measure(
     seen_s = left.head_elapsed_s - rtt_s.take(head_env)
     overdue = (seen_s > 0) & ((head_bytes >= MEASURED_BYTES) | store.is_probe.take(head))
     bound[head_env[overdue]] = head_bytes[overdue] / seen_s[overdue]
-    return Measured(size, wall, age, bound)
+    return Measured(size, service, age, bound)
 
 
 class Bandwidth:
