@@ -65,6 +65,15 @@ def health(url: str, path: str = "/healthz") -> tuple[int, dict[str, Any]]:
     return status, json.loads(body)
 
 
+def health_once(wanted: int, url: str) -> tuple[int, dict[str, Any]]:
+    """What the node says of itself once it answers with that status."""
+    deadline = time.monotonic() + 20
+    while (found := health(url))[0] != wanted:
+        assert time.monotonic() < deadline, found
+        time.sleep(0.1)
+    return found
+
+
 class Chain:
     """Two node processes; the edge's metrics port is in the file, the cloud's on its command."""
 
@@ -195,16 +204,13 @@ def test_every_metric_is_in_the_docs_and_no_other(nodes: list[Scrape], agent: Sc
 
 def test_health_follows_the_neighbour(chain: Chain, nodes: object) -> None:
     edge, cloud = chain.urls
-    status, facts = health(edge)
-    assert status == 200 and facts["status"] == "serving" and facts["next"] == "cloud"
+    # A busy machine may make a node look silent or stuck for a moment.
+    status, facts = health_once(200, edge)
+    assert facts["status"] == "serving" and facts["next"] == "cloud"
     assert facts["next_heard_ago_s"] < 60 and facts["model"] == "small_net.make"
-    assert health(cloud)[0] == 200
+    health_once(200, cloud)
     chain.processes[1].kill()
-    deadline = time.monotonic() + 20
-    while health(edge)[0] == 200:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    status, facts = health(edge)
+    status, facts = health_once(503, edge)
     assert status == 503 and facts["status"] == "next node silent"
     assert "node cloud was last heard" in facts["reason"]
     # It lives and takes requests all the same: edge-only plans need nobody else.
