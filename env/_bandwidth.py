@@ -11,14 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from env._stations import Departures, RequestStore, sums
-from executor.link import RATE_MEMORY_S
+from executor.link import MIN_FRAME_BYTES, RATE_MEMORY_S
 
 __all__ = ["Bandwidth", "Measured", "measure"]
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
-
-MEASURED_BYTES = 16384  # frames below are dominated by overhead; the passive estimate skips them
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ def measure(
     """
     batch = len(rtt_s)
     env, depart, work, wall = left.env, left.depart_s, left.work, left.wall_s
-    large = work >= MEASURED_BYTES
+    large = work >= MIN_FRAME_BYTES
     if not large.all():
         large |= store.is_probe.take(left.slot)
         env, depart, work, wall = env[large], depart[large], work[large], wall[large]
@@ -60,7 +58,7 @@ def measure(
     head = left.head_slot
     head_bytes, head_env = store.work[station].take(head), store.env.take(head)
     seen_s = left.head_elapsed_s - rtt_s.take(head_env)
-    overdue = (seen_s > 0) & ((head_bytes >= MEASURED_BYTES) | store.is_probe.take(head))
+    overdue = (seen_s > 0) & ((head_bytes >= MIN_FRAME_BYTES) | store.is_probe.take(head))
     bound[head_env[overdue]] = head_bytes[overdue] / seen_s[overdue]
     return Measured(size, service, age, bound)
 

@@ -16,10 +16,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from env._bandwidth import MEASURED_BYTES, Bandwidth
+from env._bandwidth import Bandwidth
 from env._stations import Rates, RequestStore, Station
 from env._transfer import transfer_costs
-from executor.link import RATE_MEMORY_S
+from executor.link import MIN_FRAME_BYTES, RATE_MEMORY_S
 from executor.profile import Profile
 
 __all__ = ["LateBinding"]
@@ -64,7 +64,7 @@ class _Frames:
         end_s, k = rates.time(env, reach), self._count[row]
         self._size[row, k], self._end_s[row, k] = size, end_s
         self._start_s[row, k] = np.maximum(time_s, self._free_s[row])
-        self._counts[row, k] = probe | (size >= MEASURED_BYTES)
+        self._counts[row, k] = probe | (size >= MIN_FRAME_BYTES)
         self._reach[row], self._free_s[row] = reach, end_s
         self._count[row] += 1
         self._held[row] += size

@@ -17,6 +17,7 @@ from executor.errors import ConfigError
 from executor.profile import HopModel
 
 __all__ = [
+    "MIN_FRAME_BYTES",
     "MIN_PROBE_BYTES",
     "RATE_MEMORY_S",
     "ClockOffset",
@@ -25,7 +26,7 @@ __all__ = [
     "two_point",
 ]
 
-MIN_FRAME_BYTES = 16 * 1024
+MIN_FRAME_BYTES = 16 * 1024  # frames below are dominated by overhead; the estimate skips them
 MIN_PROBE_BYTES = 4096
 PING_PERIOD_S = 0.5
 RTT_WINDOW_S = 10.0

@@ -9,13 +9,13 @@ from toy_chain import SPEC, constant_scenario, random_cuts, toy_profile, toy_sce
 from agents.arms.branches import Branches
 from agents.arms.controllers import Solver
 from agents.arms.oracle import PlanSequence
-from env._bandwidth import MEASURED_BYTES
 from env.conditions import mean_delay_s
 from env.cost import Cost
 from env.late import ROWS, LateRule, LateTables
 from env.predict import CostModel
 from env.simulator import DRAIN_DEADLINES, Simulator
 from executor.errors import ConfigError
+from executor.link import MIN_FRAME_BYTES
 
 N = SPEC.n_units
 
@@ -76,7 +76,7 @@ def test_equals_event_by_event_with_late_binding(interval_s, substep_s, steps, s
             scenario,
             rates,
             conditions.substep_s,
-            measured_bytes=MEASURED_BYTES,
+            measured_bytes=MIN_FRAME_BYTES,
             first_rate=first_rate(scenario, hop[b, 1, 0]),
             rtt_s=2.0 * mean_delay_s(scenario.hops[1]),
         )

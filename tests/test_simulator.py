@@ -15,13 +15,13 @@ from event_simulation import (
 )
 from toy_chain import SLOWEST_MBPS, SPEC, constant_scenario, random_cuts, toy_profile, toy_scenario
 
-from env._bandwidth import MEASURED_BYTES
 from env.conditions import Conditions
 from env.cost import Cost, IntervalRecord
 from env.predict import CostModel
 from env.scenario import HopSetup, Process
 from env.simulator import DRAIN_DEADLINES, Simulator
 from executor.errors import ConfigError
+from executor.link import MIN_FRAME_BYTES
 
 
 def rollout(n_nodes, seed, interval_s, steps, batch=4, probing=False, hold=4, **changes):
@@ -193,14 +193,14 @@ def check_records(b, reference, model, results, items, intervals):
                 assert s.node_backlog_s[b, station // 2] == pytest.approx(left, abs=1e-6)
                 continue
             h = station // 2
-            frames = [(e, e - a, w) for _, a, e, w in here if w >= MEASURED_BYTES]
+            frames = [(e, e - a, w) for _, a, e, w in here if w >= MIN_FRAME_BYTES]
             first = first_rate(model.scenario, intervals[0].hop_bytes_per_s[b, h, 0])
             rate, seen = measured_rate(frames, t1) or (first, 0.0)
             # The frame on the hop bounds the rate by the time it has taken, a round trip late.
             rtt_s = s.rtt_s[b, h]
             for _, start, end, size in here:
                 seen_s = t1 - start - rtt_s
-                overdue = start < t1 < end and seen_s > 0 and size >= MEASURED_BYTES
+                overdue = start < t1 < end and seen_s > 0 and size >= MIN_FRAME_BYTES
                 if overdue and size / seen_s < rate:
                     rate, seen = size / seen_s, t1
             assert s.bytes_per_s[b, h] == pytest.approx(rate, rel=1e-6)
