@@ -108,7 +108,7 @@ class Bandwidth:
             self._counted[:, :, h] += m.size_bytes, m.service_s
             self.age_s[:, h] = np.minimum(self.age_s[:, h], m.age_s)
             bound[:, h] = m.bound_bytes_per_s
-            seen = np.flatnonzero(m.age_s < np.inf)
+            seen = np.flatnonzero(m.service_s > 0)  # in a long run-out old frames count nothing
             size_bytes, service_s = self._counted[:, seen, h]
             self.bytes_per_s[seen, h] = size_bytes / service_s
         overdue = bound < self.bytes_per_s

@@ -342,6 +342,13 @@ def test_drain_is_bounded_and_gives_up_what_an_outage_holds():
     assert sim.drain().outstanding_s.sum() == 0
 
 
+def test_bandwidth_outlives_a_drain_so_long_that_no_frame_counts_at_its_end():
+    sim = Simulator(CostModel(toy_profile(3), constant_scenario(deadline_s=50.0)), batch=2, seed=0)
+    sim.step(np.zeros((2, 2), dtype=int))
+    state = sim.drain_completed().state  # 1000 s; exp(-1000) is 0
+    assert (state.bytes_per_s > 0).all() and np.isfinite(state.bytes_per_s).all()
+
+
 def test_a_drain_before_any_step_is_empty():
     sim = Simulator(CostModel(toy_profile(2), toy_scenario(2)), 2, 0)
     assert sim.drain().outstanding_s.sum() == 0
