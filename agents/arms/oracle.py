@@ -4,7 +4,8 @@ It knows every interval's bandwidth, load and arrivals to the last request, deci
 other arms (one plan per interval) and has every plan that they have. Over the true future, in the
 simulator with its queues, it looks for the sequence of plans that costs least: a beam search, then
 local search on the best sequences. It may also start from the sequences that other arms played on
-the same conditions ("incumbents"), so it costs no more than any of them.
+the same conditions ("incumbents"), each improved by local search first, so it costs no more than
+any of them.
 
 What it is: the cost of a sequence that exists, so an upper bound of the least possible cost, and
 a lower bound of what any arm compared with it spent. What it is not: a proven optimum (it equals
@@ -64,12 +65,12 @@ class OracleSettings:
         least_gain: It ends when a pass gains a smaller share of the cost.
     """
 
-    width: int = 96
+    width: int = 192
     screened: int = 3
     guided: int = 8
     penalties: tuple[float, ...] = (0.0, 1.0, 4.0)
-    finalists: int = 6
-    promising: int = 48
+    finalists: int = 4
+    promising: int = 96
     holds: tuple[int, ...] = (1, 2, 4)
     lookahead: int = 5
     survivors: int = 8
@@ -171,12 +172,16 @@ def search(
             pool.add(incumbent.cuts, incumbent.probe_bytes)
     held = np.broadcast_to(pool.branches.best_held(model.table.cuts, startup), shape)
     pool.add(held)
+    local = _LocalSearch(model.table.cuts, pool, settings)
+    if incumbents and settings.sweeps:
+        # Each for itself: they differ more than what one beam ends with.
+        local.improve(pool.best(len(incumbents) + 1), pool.best(settings.finalists))
     half = max(1, settings.finalists // 2)
     guides = [*pool.best(1), held] if incumbents else [held]
     beam = Beam(pool.branches, model.table.cuts, settings, startup)
     for cuts in beam.run(pool.best(half), guides)[: settings.finalists]:
         pool.add(cuts)
-    _LocalSearch(model.table.cuts, pool, settings).refine()
+    local.refine()
     return pool.winner()
 
 
@@ -243,16 +248,19 @@ class _LocalSearch:
         for k in range(settings.sweeps):
             before = pool.cost()
             donors = pool.best(settings.finalists)
-            parts = donors if k == 0 else donors[: max(1, settings.finalists // 2)]
-            owner = np.tile(np.arange(self._batch), len(parts))
-            swept = self._sweep(np.concatenate(parts, axis=1), owner, donors)
-            for part in np.split(swept, len(parts), axis=1):
-                pool.add(part)
+            self.improve(donors if k == 0 else donors[: max(1, settings.finalists // 2)], donors)
             if before - pool.cost() <= settings.least_gain * before:
                 break
 
+    def improve(self, parts: list[I64], donors: list[I64]) -> None:
+        """One pass over each of `parts`, which may copy from `donors`; into the pool."""
+        owner = np.tile(np.arange(self._batch), len(parts))
+        swept = self._sweep(np.concatenate(parts, axis=1), owner, donors)
+        for part in np.split(swept, len(parts), axis=1):
+            self._pool.add(part)
+
     def _sweep(self, cuts: I64, owner: I64, donors: list[I64]) -> I64:
-        """One pass of local search: from every interval on, try other plans for a while."""
+        """From every interval on, try other plans for a while."""
         cuts, everybody = cuts.copy(), np.arange(len(owner))
         snapshot = self._branches.start(owner)
         for t in range(self._length):
