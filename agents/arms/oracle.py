@@ -65,12 +65,12 @@ class OracleSettings:
         least_gain: It ends when a pass gains a smaller share of the cost.
     """
 
-    width: int = 192
+    width: int = 384
     screened: int = 3
     guided: int = 8
     penalties: tuple[float, ...] = (0.0, 1.0, 4.0)
     finalists: int = 4
-    promising: int = 96
+    promising: int = 192
     holds: tuple[int, ...] = (1, 2, 4)
     lookahead: int = 5
     survivors: int = 8
