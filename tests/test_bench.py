@@ -84,6 +84,9 @@ def test_the_long_run_changes_plans_and_watches_memory_and_files(net, tmp_path):
     assert ran.returncode == 0, ran.stderr
     result = json.loads(path.read_text())
     assert (result["requests"], result["plan_changes"], result["wrong"]) == (160, 3, 0)
+    # The last plan did not get all of its requests.
+    assert len(result["first_after_change"]) == 2 and min(result["first_after_change"]) > 0
+    assert "first request under a new plan" in ran.stdout
     assert len(result["samples"]) == 20 and result["samples"][-1]["requests"] == 160
     late = [sample["open_files"] for sample in result["samples"][10:]]
     assert late[0] == late[-1] and len(late[0]) == 4

@@ -27,10 +27,14 @@ def run_long(case: Case, requests: int) -> dict[str, Any]:
         `requests`, `seconds`, `plan_changes`, `wrong`, and `samples`: requests done so far, and per
         process (client first) MiB of anonymous memory and open files. `growth` has of both, per
         process, by how much the median of the last quarter's samples exceeds the second quarter's.
+        `first_after_change`: how long the first request under each new plan took, over the median
+        of the others before the next change.
     """
     plans = candidate_plans(case.chain.spec, case.n_nodes)
     choose = random.Random(0)
     wrong = changes = 0
+    taken_s: list[float] = []  # under the plan in force
+    first_after: list[float] = []
     samples: list[dict[str, Any]] = []
     begun_s = time.monotonic()
     with Running(case, [ours.SYSTEM]) as running:
@@ -40,8 +44,14 @@ def run_long(case: Case, requests: int) -> dict[str, Any]:
             if number and number % PLAN_EVERY == 0:
                 link.plan = choose.choice([plan for plan in plans if plan != link.plan])
                 changes += 1
+                taken_s = []
             which = number % len(case.inputs)
-            wrong += not case.is_right(which, link.call(case.inputs[which]))
+            asked_s = time.monotonic()
+            output = link.call(case.inputs[which])
+            taken_s.append(time.monotonic() - asked_s)
+            wrong += not case.is_right(which, output)
+            if changes and len(taken_s) == PLAN_EVERY:
+                first_after.append(round(taken_s[0] / median(taken_s[1:]), 3))
             if (number + 1) % max(1, requests // _SAMPLES) == 0:
                 nodes = drain(running.hosts[ours.SYSTEM.name])
                 samples.append(
@@ -55,6 +65,7 @@ def run_long(case: Case, requests: int) -> dict[str, Any]:
         "requests": requests,
         "seconds": round(time.monotonic() - begun_s, 1),
         "plan_changes": changes,
+        "first_after_change": first_after,
         "wrong": wrong,
         "growth": {key: growth([s[key] for s in samples]) for key in ("memory_mib", "open_files")},
         "samples": samples,
@@ -83,6 +94,12 @@ def describe(result: dict[str, Any]) -> str:
         memory = "/".join(f"{value:.1f}" for value in sample["memory_mib"])
         files = "/".join(map(str, sample["open_files"]))
         lines.append(f"  after {sample['requests']:6} requests: {memory} MiB, {files} open files")
+    if first := sorted(result["first_after_change"]):
+        p95 = first[int(0.95 * (len(first) - 1))]
+        lines.append(
+            "  first request under a new plan, over the median of those after it: "
+            f"median {median(first):.2f}, p95 {p95:.2f}, most {first[-1]:.2f}"
+        )
     memory, files = (
         "/".join(f"{value:+g}" for value in result["growth"][key])
         for key in ("memory_mib", "open_files")
