@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 from executor.bench import ours
 from executor.bench.cases import Case
 from executor.bench.hosts import open_files, resident_mib
@@ -94,11 +96,11 @@ def describe(result: dict[str, Any]) -> str:
         memory = "/".join(f"{value:.1f}" for value in sample["memory_mib"])
         files = "/".join(map(str, sample["open_files"]))
         lines.append(f"  after {sample['requests']:6} requests: {memory} MiB, {files} open files")
-    if first := sorted(result["first_after_change"]):
-        p95 = first[int(0.95 * (len(first) - 1))]
+    if first := result["first_after_change"]:
+        middle, p95, most = np.percentile(first, (50, 95, 100))
         lines.append(
             "  first request under a new plan, over the median of those after it: "
-            f"median {median(first):.2f}, p95 {p95:.2f}, most {first[-1]:.2f}"
+            f"median {middle:.2f}, p95 {p95:.2f}, most {most:.2f}"
         )
     memory, files = (
         "/".join(f"{value:+g}" for value in result["growth"][key])
