@@ -55,7 +55,7 @@ def ranked(path: Path) -> bool:
             for name, condition in by_condition.items()
             for rate, part in condition["by_rate"].items()
         }
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"cannot rank {path} ({error!r}): expected what `agents.evaluate --backend testbed "
             "--traces DIR --json` wrote"
