@@ -1,6 +1,6 @@
 """Do the nodes rank the arms as the simulator does? Of runs on the testbed, on measured traces.
 
-python -m agents.evaluate --model alexnet --backend testbed --traces DIR --rates 0.7 --seeds 5 \
+python -m agents.evaluate --model alexnet --backend testbed --traces DIR --rates 0.7 --seeds 3 \
     --conditions ucc5g-steady,nyumets-steady,hsdpa-x10-steady --first-seed 31000 --startup-s 5 \
     --intervals 20 --recalibrate --arms static,cloud,solver,guarded --json out.json
 python benchmarks/ranking.py out.json [more.json ...]        # 25 quiet minutes a file, before that
