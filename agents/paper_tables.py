@@ -17,23 +17,29 @@ from rich.console import Console
 from rich.table import Table as TextTable
 
 from agents.cli import Parser, positive_int, run_study
-from agents.report.paper import write_page
+from agents.report.paper import invalid, write_page
 from agents.studies.paper_tables import (
     ARM_COLUMNS,
     AS_STATED,
     READINGS,
     SINGLE_COLUMNS,
+    TESTBED,
     arm_rows,
     single_rows,
     study,
+    study_on_testbed,
 )
 from agents.studies.provenance import provenance
 from env.reference import measured
 from executor.errors import ConfigError
 from executor.files import write_json
+from executor.netns import add_isolation_argument, check_isolation
 from executor.networks import check_model
 
 __all__ = ["main"]
+
+REQUESTS = {"simulator": 300, "testbed": 30}
+TABLE_WIDTH = 150
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m agents.paper_tables",
-        description="The reference's tables beside ours, from the simulator loaded with its own.",
+        description="The reference's tables beside ours, from the simulator loaded with its own "
+        "machines, or from nodes on this one.",
     )
     add = parser.add_argument
     add(
@@ -53,7 +60,15 @@ def _parser() -> argparse.ArgumentParser:
         help="comma-separated, of torchvision's; those it did not measure, like vit_b_16, are "
         "estimated on its machines (default: its three)",
     )
-    add("--requests", type=positive_int, default=300, help="in the steady state, per arm")
+    add("--backend", choices=tuple(REQUESTS), default="simulator")
+    add_isolation_argument(parser)
+    add(
+        "--requests",
+        type=positive_int,
+        help="in the steady state, per arm (default: "
+        + ", ".join(f"{n} on the {backend}" for backend, n in REQUESTS.items())
+        + ")",
+    )
     add("--json", type=Path, help="write the results here")
     add("--report", type=Path, help="write a page with the tables into this folder")
     return parser
@@ -69,29 +84,53 @@ def _main(args: argparse.Namespace) -> int:
             "--models must be classification models of torchvision; the reference measured "
             f"{', '.join(measured())}; got --models {args.models!r}"
         ) from None
+    check_isolation(args.isolation, testbed=args.backend == "testbed")
+    console = Console()
+    console.width = max(console.width, TABLE_WIDTH)
+    requests = args.requests or REQUESTS[args.backend]
+    nodes = args.backend == "testbed"
     result = {
-        "requests": args.requests,
-        "readings": READINGS,
+        "backend": args.backend,
+        "requests": requests,
+        "readings": TESTBED if nodes else READINGS,
         "reference": {name: asdict(measured()[name]) for name in names if name in measured()},
-        "ours": {
-            reading: {
-                name: study(name, reading, args.requests)
-                for name in names
-                if reading == AS_STATED or name in measured()
-            }
-            for reading in READINGS
-        },
+        "ours": _on_nodes(names, requests, args.isolation, console)
+        if nodes
+        else _simulated(names, requests),
         "made": provenance(None, args.command),
     }
-    console = Console()
-    console.width = max(console.width, 130)
     for table in text_tables(result):
         console.print(table)
+    for line in invalid(result):
+        console.print(line, markup=False, highlight=False)
     if args.json is not None:
         write_json(args.json, result)
     if args.report is not None:
         console.print(f"report: {write_page(result, args.report)}", markup=False, highlight=False)
     return 0
+
+
+def _simulated(names: list[str], requests: int) -> dict[str, Any]:
+    return {
+        reading: {
+            name: study(name, reading, requests)
+            for name in names
+            if reading == AS_STATED or name in measured()
+        }
+        for reading in READINGS
+    }
+
+
+def _on_nodes(names: list[str], requests: int, isolation: str, console: Console) -> dict[str, Any]:
+    ours = {}
+    with console.status("") as status:
+        for name in names:
+
+            def tell(what: str, name: str = name) -> None:
+                status.update(f"{name}: {what}")
+
+            ours[name] = study_on_testbed(name, requests, isolation, tell)
+    return dict.fromkeys(TESTBED, ours)
 
 
 def text_tables(result: dict[str, Any]) -> list[TextTable]:

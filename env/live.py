@@ -159,40 +159,23 @@ class LiveSystem:
             probe_bytes: [1, H] bytes to probe each hop with; 0 or None sends none.
         """
         begin, self._end_s = self._end_s, self._end_s + self.scenario.interval_s
-        self._cuts = np.array(cuts, dtype=np.int64)
-        plan, late = self._bind()
+        self._begin(cuts, probe_bytes)
         offsets = self._arrivals[self._interval % len(self._arrivals)]
         self._interval += 1
-        if probe_bytes is not None:
-            self._start_probes(probe_bytes[0])
-        record = IntervalRecord.zeros(1, self.model.profile.n_nodes)
         refused: list[float] = []
         for offset in offsets:
             scheduled = begin + float(offset)
             _sleep_until(scheduled)
             if self.glance is not None:
                 self._cuts = self.glance(self._state())
-                plan, late = self._bind()
-            try:
-                x = self._source(self._sent)
-                future = self.client.submit(x, plan, scheduled, late=late)
-            except RequestError as error:
-                log.info("request refused: %s", error)
+                self._bound = self._bind()
+            if not self._submit(scheduled):
                 refused.append(scheduled)
-            else:
-                self._open.append(_Open(scheduled, future))
-            self._sent += 1
         _sleep_until(self._end_s)
-        self.time_s = self._end_s - self._start_s
-        completed = self._collect(record, begin, self._end_s, refused)
-        record.arrived[0] = len(offsets)
         smoothing = 1.0 - np.exp(-self.scenario.interval_s / ARRIVAL_SMOOTHING_S)
         seen = len(offsets) / self.scenario.interval_s
         self._arrival_rps += smoothing * (seen - self._arrival_rps)
-        if record.completed[0]:
-            mean = float(record.latency_sum_s[0] / record.completed[0])
-            self._latency_ratio = mean / self.model.references.latency_s
-        return StepResult(state=self._state(), record=record, completed=completed)
+        return self._end(begin, len(offsets), refused)
 
     def drain(self) -> IntervalRecord:
         """Wait until nothing is outstanding; returns what that spent."""
@@ -240,6 +223,37 @@ class LiveSystem:
             self._work_of[plan] = PlanTable(self._profile, [Plan(plan)]).work_s[0]
         self._profiled_s += self._work_of[plan]
         self._took_s += work_s
+
+    def _begin(self, cuts: NDArray[np.int64], probe_bytes: F64 | None) -> None:
+        """Take the interval's plan and send its probes."""
+        self._cuts = np.array(cuts, dtype=np.int64)
+        self._bound = self._bind()
+        if probe_bytes is not None:
+            self._start_probes(probe_bytes[0])
+
+    def _submit(self, scheduled_s: float) -> bool:
+        """Submit the next request; whether it was taken."""
+        plan, late = self._bound
+        x = self._source(self._sent)
+        self._sent += 1
+        try:
+            future = self.client.submit(x, plan, scheduled_s, late=late)
+        except RequestError as error:
+            log.info("request refused: %s", error)
+            return False
+        self._open.append(_Open(scheduled_s, future))
+        return True
+
+    def _end(self, begin_s: float, arrived: int, refused: list[float]) -> StepResult:
+        """What the interval from `begin_s` to `_end_s` gave."""
+        self.time_s = self._end_s - self._start_s
+        record = IntervalRecord.zeros(1, self.model.profile.n_nodes)
+        completed = self._collect(record, begin_s, self._end_s, refused)
+        record.arrived[0] = arrived
+        if record.completed[0]:
+            mean = float(record.latency_sum_s[0] / record.completed[0])
+            self._latency_ratio = mean / self.model.references.latency_s
+        return StepResult(state=self._state(), record=record, completed=completed)
 
     def _bind(self) -> tuple[Plan, tuple[CutTable, ...]]:
         """The present plan, and the cut tables that go with it."""

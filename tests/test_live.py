@@ -5,6 +5,7 @@ The real client and nodes are exercised in test_commands.py.
 
 from __future__ import annotations
 
+import threading
 import time
 from concurrent.futures import Future
 from dataclasses import replace
@@ -16,6 +17,7 @@ import pytest
 from stable_baselines3.common.env_checker import check_env
 
 from agents.nodes import random_inputs
+from env.closed import ClosedLoop
 from env.conditions import Conditions
 from env.live import LiveSystem
 from env.predict import CostModel
@@ -199,6 +201,51 @@ def test_refused_and_failed_requests_are_lost(model: CostModel) -> None:
         live.close()
     for record in (refused, failed):
         assert record.lost[0] == record.arrived[0] > 0 and record.completed[0] == 0
+
+
+def test_in_a_closed_loop_a_request_waits_for_the_probes_and_the_next_for_its_answer(
+    model: CostModel,
+) -> None:
+    events: list[str] = []
+
+    class SlowClient(StandInClient):
+        def submit(self, x: Any, plan: Plan, *args: Any, **kwargs: Any) -> Future[Any]:
+            events.append("submit")
+            answer = super().submit(x, plan, *args, **kwargs)
+            late: Future[Any] = Future()
+
+            def reply() -> None:
+                events.append("reply")
+                late.set_result(answer.result())
+
+            threading.Timer(0.02, reply).start()
+            return late
+
+        def probe(self, hop: int, payload_bytes: int, repeats: int = 3) -> list[float]:
+            time.sleep(0.02)
+            events.append("probe")
+            return super().probe(hop, payload_bytes, repeats)
+
+    client = SlowClient()
+    loop = ClosedLoop(model, client, lambda i: i)
+    try:
+        state = loop.reset(1)
+        events.clear()
+        steps = [loop.step(np.array([[3, 8]]), np.array([[1024.0, 0.0]])) for _ in range(3)]
+        assert events == ["probe", "submit", "reply"] * 3
+        client.refuse = True
+        lost = loop.step(np.array([[3, 8]])).record
+    finally:
+        loop.close()
+    assert (lost.arrived[0], lost.lost[0], lost.completed[0]) == (1, 1, 0)
+    for step in steps:
+        record = step.record
+        assert record.arrived[0] == record.completed[0] == 1 and record.lost[0] == 0
+        # The stand-in's 10 ms, and none of the probe's 20.
+        assert record.latency_sum_s[0] == pytest.approx(0.01)
+        assert record.union_s[0] == pytest.approx(0.01)
+        assert step.state.arrival_rps == state.arrival_rps == model.rate_rps()
+        assert step.state.in_flight[0] == 0.0
 
 
 def test_conditions_are_those_of_the_simulator(model: CostModel) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from agents import paper_tables
 from agents.studies import paper_tables as tables
-from agents.studies.paper_tables import reductions, study
+from agents.studies.paper_tables import reductions, share_of_most, study
 from env.predict import CostModel
 from env.reference import closed_loop, measured, reference_profile
 from env.scenario import Scenario
@@ -73,6 +74,47 @@ def test_no_arm_beats_the_clairvoyants_and_all_keep_the_rule(alexnet: dict) -> N
     net = reductions(alexnet["constrained"], "solver", overall=True)
     assert net["latency_ms"] < less["latency_ms"] and net["compute_j"] < less["compute_j"]
     assert reductions(alexnet["constrained"], "static", overall=True)["latency_ms"] == 0.0
+
+
+def test_each_arm_is_held_against_the_most_there_is_to_save(alexnet: dict) -> None:
+    for rule in ("constrained", "free"):
+        arms = alexnet[rule]
+        assert share_of_most(arms, "static") == {"latency_ms": 0.0, "compute_j": 0.0}
+        assert share_of_most(arms, "best latency")["latency_ms"] == 1.0
+        assert share_of_most(arms, "best energy")["compute_j"] == 1.0
+        assert all(s <= 1.0 + 1e-6 for arm in arms for s in share_of_most(arms, arm).values())
+
+
+def test_on_nodes_every_arm_runs_in_a_closed_loop(tmp_path, capsys, monkeypatch) -> None:
+    """Three real processes behind hops of 320 Mbit/s; quicker than the scenario's."""
+    quick = Scenario.load("paper")
+    nodes = tuple(replace(n, ratio=r) for n, r in zip(quick.nodes, (3.0, 2.0, 1.0), strict=True))
+    monkeypatch.setattr(tables.Scenario, "load", lambda name: quick.replace(nodes=nodes))
+    monkeypatch.setattr(tables, "STARTUP", 2)
+    out, page = tmp_path / "out.json", tmp_path / "page"
+    argv = ["--backend", "testbed", "--models", "alexnet", "--requests", "2"]
+    assert paper_tables.main([*argv, "--json", str(out), "--report", str(page)]) == 0
+    shown = capsys.readouterr().out
+    for text in ("Table 1", "reported adaptive", "22.9%", "best cost", "on nodes", "of most"):
+        assert text in shown
+    result = json.loads(out.read_text())
+    (found,) = result["ours"]["on nodes"].values()
+    assert result["backend"] == "testbed" and set(found["overrun_share"]) == {
+        "edge",
+        "fog",
+        "cloud",
+    }
+    spec = model_spec("alexnet")
+    for rule in ("constrained", "free"):
+        for arm, figures in found[rule].items():
+            assert min(figures[k] for k in ("latency_ms", "compute_j", "full_j")) > 0, arm
+            plan = Plan(tuple(map(int, figures["plan"].strip("()").split(","))))
+            assert rule == "free" or is_constrained(plan, spec), arm
+    assert set(found["free"]) - set(found["constrained"]) == {"edge", "fog", "cloud", "policy"}
+    assert "testbed, closed loop" in (page / "index.html").read_text()
+    argv = ["--models", "alexnet", "--isolation", "netns"]
+    assert paper_tables.main(argv) == 2
+    assert "--isolation netns is for nodes of the testbed" in capsys.readouterr().err
 
 
 def test_static_matched_takes_as_long_as_its_static_split(monkeypatch) -> None:

@@ -11,7 +11,7 @@ included, over the requests that arrived in it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ __all__ = [
     "BATTERY_WH",
     "ArmRun",
     "Trajectory",
+    "arm_steps",
     "best_static_cuts",
     "per_row",
     "run_arm",
@@ -165,6 +166,29 @@ def run_arm(
         on_interval: Called after every interval (progress).
         on_decision: Called with every decision.
     """
+    steps = arm_steps(
+        system, controller, seed=seed, n_intervals=n_intervals, startup=startup,
+        on_decision=on_decision,
+    )  # fmt: skip
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            run: ArmRun = end.value
+            return run
+        on_interval()
+
+
+def arm_steps(
+    system: System | Simulator,
+    controller: Controller,
+    *,
+    seed: int,
+    n_intervals: int,
+    startup: int = 0,
+    on_decision: Callable[[Decision], None] = lambda decision: None,
+) -> Generator[None, None, ArmRun]:
+    """As `run_arm`, pausing after every interval, so that arms can take turns; returns its run."""
     model = system.model
     state = system.reset(seed)
     batch, n_nodes = state.batch, model.profile.n_nodes
@@ -210,7 +234,7 @@ def run_arm(
         if last.completed is not None:
             keep_latencies(last.completed)
         cuts = decision.cuts.copy()
-        on_interval()
+        yield
     end = system.drain_completed()
     if end.completed is not None:
         keep_latencies(end.completed)
