@@ -136,15 +136,12 @@ class LiveSystem:
         self.client.be_patient(self.model.patience_s.tolist())
         self._conditions = Conditions(self.scenario, self.n_ref, seed or 0)
         n = self.scenario.steps_per_episode + 2
-        intervals = [self._conditions.next() for _ in range(n)]
-        self._arrivals = [i.arrival_offset_s for i in intervals]
+        self._intervals = [self._conditions.next() for _ in range(n)]
         self._interval = 0
-        if self._playback is not None:
-            self._play(self._playback, intervals[:1], time.monotonic())
+        self._play(self._intervals[:1], time.monotonic())
         self._measure_hops()
         start = time.monotonic() + LEAD_S
-        if self._playback is not None:
-            self._play(self._playback, intervals, start)
+        self._play(self._intervals, start)
         self._start_s = self._end_s = start
         self._arrival_rps = self.rate_rps
         self._latency_ratio = 1.0
@@ -160,7 +157,7 @@ class LiveSystem:
         """
         begin, self._end_s = self._end_s, self._end_s + self.scenario.interval_s
         self._begin(cuts, probe_bytes)
-        offsets = self._arrivals[self._interval % len(self._arrivals)]
+        offsets = self._intervals[self._interval % len(self._intervals)].arrival_offset_s
         self._interval += 1
         refused: list[float] = []
         for offset in offsets:
@@ -178,12 +175,21 @@ class LiveSystem:
         return self._end(begin, len(offsets), refused)
 
     def drain(self) -> IntervalRecord:
-        """Wait until nothing is outstanding; returns what that spent."""
+        """No more arrivals: wait until nothing is outstanding; returns what that spent.
+
+        Conditions that are played are held meanwhile as they lately were, as the simulator's are
+        (`IntervalConditions.smoothed`). `reset` next.
+        """
         return self.drain_completed().record
 
     def drain_completed(self) -> StepResult:
         """As `drain`, with the requests that ended and the state after it."""
         begin = self._end_s
+        lately: IntervalConditions | None = None
+        for interval in self._intervals[: self._interval]:
+            lately = interval.smoothed(lately, self.scenario.interval_s)
+        if lately is not None:
+            self._play([lately], begin)
         self._finish_open()
         self._end_s = max(begin, time.monotonic())
         record = IntervalRecord.zeros(1, self.model.profile.n_nodes)
@@ -264,10 +270,11 @@ class LiveSystem:
             late = self._late_rule.tables(self._seen, self._cuts).cut_tables(0)
         return Plan(tuple(int(c) for c in self._cuts[0])), late
 
-    def _play(
-        self, playback: Playback, intervals: Sequence[IntervalConditions], start_s: float
-    ) -> None:
-        """Play these intervals from then on; the last sub-step is held."""
+    def _play(self, intervals: Sequence[IntervalConditions], start_s: float) -> None:
+        """Play these intervals from then on, if anything plays them; the last sub-step is held."""
+        playback = self._playback
+        if playback is None:
+            return
         dt = self._conditions.substep_s
         rates = np.concatenate([i.hop_bytes_per_s[0] for i in intervals], axis=1)
         loads = 1.0 - np.concatenate([i.node_speed[0] for i in intervals], axis=1)

@@ -18,7 +18,7 @@ from stable_baselines3.common.env_checker import check_env
 
 from agents.nodes import random_inputs
 from env.closed import ClosedLoop
-from env.conditions import Conditions
+from env.conditions import BYTES_PER_S_PER_MBPS, Conditions
 from env.live import LiveSystem
 from env.predict import CostModel
 from env.scenario import Process, Scenario
@@ -270,10 +270,22 @@ def test_conditions_are_those_of_the_simulator(model: CostModel) -> None:
         cuts = np.array([[0, 0]])
         arrived = [(int(live.step(cuts).record.arrived[0]),
                     int(simulator.step(cuts).record.arrived[0])) for _ in range(5)]  # fmt: skip
+        whole = dict(played)
+        live.drain()
     finally:
         live.close()
     assert all(a == b for a, b in arrived) and sum(a for a, _ in arrived) > 10
-    assert len(played) == 5 and all(len(v) >= 10 for v in played.values())
+    assert len(whole) == 5 and all(len(v) >= 10 for v in whole.values())
+    # What is open at the end is run out on both under what conditions lately were.
+    simulator.reset(3)
+    lately = None
+    for interval in simulator.record(5).intervals:
+        lately = interval.smoothed(lately, model.scenario.interval_s)
+    for hop in range(2):
+        rate = lately.hop_bytes_per_s[0, hop, 0] / BYTES_PER_S_PER_MBPS
+        assert played["hop", hop] == pytest.approx([rate])
+    for node in range(3):
+        assert played["node", node] == pytest.approx([1.0 - lately.node_speed[0, node, 0]])
     # Held as they begin until the hops were probed, then played from a moment to come.
     (*_, held), (_, ahead_s, probed) = began[1], began[2]
     assert [n for n, *_ in began[:2]] == [1, 1] and held == 0 and probed == 2 and ahead_s > 0
