@@ -112,6 +112,14 @@ class IntervalConditions:
         )
 
     @staticmethod
+    def lately(intervals: Sequence[IntervalConditions], interval_s: float) -> IntervalConditions:
+        """`smoothed` over intervals one after the other, of which there is at least one."""
+        found = intervals[0].smoothed(None, interval_s)
+        for interval in intervals[1:]:
+            found = interval.smoothed(found, interval_s)
+        return found
+
+    @staticmethod
     def joined(intervals: Sequence[IntervalConditions]) -> IntervalConditions:
         """Intervals one after the other as sub-steps of a single one, without their arrivals."""
         quiet = intervals[0].held()

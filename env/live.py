@@ -185,11 +185,8 @@ class LiveSystem:
     def drain_completed(self) -> StepResult:
         """As `drain`, with the requests that ended and the state after it."""
         begin = self._end_s
-        lately: IntervalConditions | None = None
-        for interval in self._intervals[: self._interval]:
-            lately = interval.smoothed(lately, self.scenario.interval_s)
-        if lately is not None:
-            self._play([lately], begin)
+        if gone := self._intervals[: self._interval]:
+            self._play([IntervalConditions.lately(gone, self.scenario.interval_s)], begin)
         self._finish_open()
         self._end_s = max(begin, time.monotonic())
         record = IntervalRecord.zeros(1, self.model.profile.n_nodes)

@@ -46,10 +46,7 @@ class Branches:
         run_out_s = DRAIN_DEADLINES * model.references.deadline_s
         ahead = min(AHEAD_INTERVALS, int(run_out_s / model.scenario.interval_s - 1e-9))
         means = [interval.mean() for interval in tape.intervals]
-        lately: IntervalConditions | None = None
-        for interval in tape.intervals:
-            lately = interval.smoothed(lately, model.scenario.interval_s)
-        assert lately is not None
+        lately = IntervalConditions.lately(tape.intervals, model.scenario.interval_s)
         self._after = []
         for t in range(1, len(tape) + 1):
             coming = means[t : t + ahead]
