@@ -8,8 +8,9 @@ python benchmarks/ranking.py out.json [more.json ...]        # 25 quiet minutes 
 Beside every run the simulator has played the same draw with every node as fast as it was in it.
 For each pair of arms it prints the geometric mean of the draws' cost ratios, in the simulator and
 on the nodes, with paired 95 % bootstrap intervals: every draw counts alike, whatever an outage in
-one of them costs all arms. A pair is out of order if the nodes rank it otherwise than the
-simulator, in which it lies more than 1 % apart; it says where the nodes' interval includes 1.
+one of them costs all arms. Draws of a model in several files count together. A pair is out of
+order if the nodes rank it otherwise than the simulator, in which it lies more than 1 % apart; it
+says where the nodes' interval includes 1.
 Exit code 1 if any pair is out of order.
 """
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,8 @@ from agents.paired import bootstrap_mean
 from executor.errors import ConfigError
 
 APART = 0.01
+Rows = dict[str, list[float]]  # the draws' costs by arm
+Cell = tuple[Rows, Rows]  # on the nodes, simulated
 
 
 def main() -> int:
@@ -38,21 +42,33 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("files", nargs="+", type=Path, help="what `agents.evaluate --json` wrote")
     files = parser.parse_args().files
-    return run_command(lambda: int(not all([ranked(path) for path in files])))
+    return run_command(lambda: int(not ranked(files)))
 
 
-def ranked(path: Path) -> bool:
-    """Whether nothing of one file is out of order.
+def ranked(files: Sequence[Path]) -> bool:
+    """Whether nothing in the files is out of order.
 
     Raises:
-        ConfigError: It holds no runs on the testbed's nodes on several conditions.
+        ConfigError: One holds no runs on the testbed's nodes on several conditions.
     """
+    models: dict[str, dict[str, Cell]] = {}
+    for path in files:
+        model, cells = read(path)
+        known = models.setdefault(model, {})
+        for name, cell in cells.items():
+            for rows, more in zip(known.setdefault(name, ({}, {})), cell, strict=True):
+                for arm, costs in more.items():
+                    rows[arm] = rows.get(arm, []) + costs
+    return all([in_order(model, cells) for model, cells in models.items()])
+
+
+def read(path: Path) -> tuple[str, dict[str, Cell]]:
+    """Of one file, the model, and costs on the nodes and simulated, by condition and rate."""
     try:
         result: dict[str, Any] = json.loads(path.read_text())
-        by_condition, model = result["by_condition"], result["model"]
-        cells = {
+        return result["model"], {
             f"{name}, {rate}": (part["cost_rows"], part["simulated"]["cost_rows"])
-            for name, condition in by_condition.items()
+            for name, condition in result["by_condition"].items()
             for rate, part in condition["by_rate"].items()
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -60,6 +76,10 @@ def ranked(path: Path) -> bool:
             f"cannot rank {path} ({error!r}): expected what `agents.evaluate --backend testbed "
             "--traces DIR --json` wrote"
         ) from error
+
+
+def in_order(model: str, cells: dict[str, Cell]) -> bool:
+    """Print a model's rankings; whether nothing in them is out of order."""
     agree = total = 0
     for name, (nodes, simulated) in cells.items():
         print(f"{model}, {name}, {len(next(iter(nodes.values())))} draws: simulated / on the nodes")
@@ -81,7 +101,7 @@ def ranked(path: Path) -> bool:
     return agree == total
 
 
-def ratio(rows: dict[str, list[float]], pair: tuple[str, str]) -> dict[str, float]:
+def ratio(rows: Rows, pair: tuple[str, str]) -> dict[str, float]:
     """Geometric mean of the first arm's costs over the second's, with its interval."""
     one, two = (np.log(rows[arm]) for arm in pair)
     return {name: float(np.exp(value)) for name, value in bootstrap_mean(one - two).items()}

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from agents import paper_tables
+from agents.arms.recalibrated import Recalibrated
+from agents.report.paper import invalid
 from agents.studies import paper_tables as tables
 from agents.studies.paper_tables import reductions, share_of_most, study
 from env.predict import CostModel
@@ -91,6 +93,15 @@ def test_on_nodes_every_arm_runs_in_a_closed_loop(tmp_path, capsys, monkeypatch)
     nodes = tuple(replace(n, ratio=r) for n, r in zip(quick.nodes, (3.0, 2.0, 1.0), strict=True))
     monkeypatch.setattr(tables.Scenario, "load", lambda name: quick.replace(nodes=nodes))
     monkeypatch.setattr(tables, "STARTUP", 2)
+    monkeypatch.setattr(tables, "LEARNED", 2)
+    correcting: list[Recalibrated] = []
+
+    class Noted(Recalibrated):
+        def __init__(self, controller) -> None:
+            super().__init__(controller)
+            correcting.append(self)
+
+    monkeypatch.setattr(tables, "Recalibrated", Noted)
     out, page = tmp_path / "out.json", tmp_path / "page"
     argv = ["--backend", "testbed", "--models", "alexnet", "--requests", "2"]
     assert paper_tables.main([*argv, "--json", str(out), "--report", str(page)]) == 0
@@ -104,6 +115,9 @@ def test_on_nodes_every_arm_runs_in_a_closed_loop(tmp_path, capsys, monkeypatch)
         "fog",
         "cloud",
     }
+    # As deployed; each corrects a profile of its own: no arm learns from another's requests.
+    assert [c.name for c in correcting] == ["solver", "solver", "policy"]
+    assert len({id(c.model) for c in correcting}) == 3
     spec = model_spec("alexnet")
     for rule in ("constrained", "free"):
         for arm, figures in found[rule].items():
@@ -111,6 +125,9 @@ def test_on_nodes_every_arm_runs_in_a_closed_loop(tmp_path, capsys, monkeypatch)
             plan = Plan(tuple(map(int, figures["plan"].strip("()").split(","))))
             assert rule == "free" or is_constrained(plan, spec), arm
     assert set(found["free"]) - set(found["constrained"]) == {"edge", "fog", "cloud", "policy"}
+    assert not any(f["lost"] for rule in ("constrained", "free") for f in found[rule].values())
+    found["free"]["solver"]["lost"] = 1
+    assert "alexnet: not valid: 1 requests of solver (free) were lost" in invalid(result)
     assert "testbed, closed loop" in (page / "index.html").read_text()
     argv = ["--models", "alexnet", "--isolation", "netns"]
     assert paper_tables.main(argv) == 2

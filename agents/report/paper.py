@@ -79,12 +79,18 @@ def write_page(result: dict[str, Any], directory: Path) -> Path:
 
 
 def invalid(result: dict[str, Any]) -> list[str]:
-    """Why what nodes measured is not valid, a line for each node of each model."""
+    """Why what was measured is not valid, a line for each node and arm of each model."""
+    models = [(name, found) for ours in result["ours"].values() for name, found in ours.items()]
     return [
         f"{name}: {line}"
-        for ours in result["ours"].values()
-        for name, found in ours.items()
+        for name, found in models
         for line in not_valid(found.get("overrun_share", {}))
+    ] + [
+        f"{name}: not valid: {figures['lost']} requests of {arm} ({rule}) were lost"
+        for name, found in models
+        for rule in ("constrained", "free")
+        for arm, figures in found[rule].items()
+        if figures["lost"]
     ]
 
 

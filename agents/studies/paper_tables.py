@@ -5,7 +5,8 @@ its scheduler, the queue-aware solver and the shipped policy run, under its rule
 head on the cloud) and without. The system is the simulator loaded with its own machines and its
 40 MB/s hops (`env.reference`), or nodes on this machine behind such hops. As nothing changes and
 nothing queues, a clairvoyant can do no better than hold the best plan: it is found by trying every
-one in the simulator, on the testbed with the profile just measured there.
+one in the simulator, on the testbed with the profile just measured there. On nodes the solver and
+the policy correct that profile by what requests measure, as deployed; its scheduler does so anyway.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from agents.arms.controllers import ArmContext, Controller, Solver, Static, make_arm
 from agents.arms.paper import Paper
+from agents.arms.recalibrated import Recalibrated
 from agents.arms.runtime import Checkpoint
 from agents.cli import CHECKPOINTS
 from agents.nodes import open_testbed, random_inputs
@@ -28,6 +30,7 @@ from env.closed import ClosedLoop
 from env.conditions import mean_delay_s
 from env.cost import PAPER_CLOUD_W, PAPER_EDGE_W, PAPER_FOG_W, Cost
 from env.predict import CostModel
+from env.recalibration import RecalibrationSettings
 from env.reference import Measured, closed_loop, measured, reference_profile
 from env.scenario import HopSetup, Scenario
 from env.simulator import Simulator
@@ -55,6 +58,7 @@ __all__ = [
 F64 = NDArray[np.float64]
 Arm = tuple[CostModel, Controller]
 STARTUP = 100  # intervals: its 95 inferences, probes included, and the first decision after them
+LEARNED = RecalibrationSettings().window  # requests that an arm corrects its profile by
 WARM_UP = 3  # intervals on nodes before anything else counts: the first finds weights cold
 TURN = 5  # requests of an arm on nodes before the next has its turn: a machine's speed drifts
 TRIED = 3  # plans run on nodes to find the best for an aim: the simulator's best there
@@ -146,7 +150,7 @@ def study_on_testbed(
                 for model, controller in arms:
                     loop = ClosedLoop(model, client, random_inputs(profile.spec.input_shape))
                     stack.callback(loop.close)
-                    startup = STARTUP if isinstance(controller, Paper) else WARM_UP
+                    startup = _startup(controller)
                     tell(f"start of {controller.name}")
                     steps = arm_steps(
                         loop, controller, seed=0, n_intervals=requests, startup=startup
@@ -156,8 +160,15 @@ def study_on_testbed(
                     turns.append(steps)
                 return _in_turns(turns, requests, tell)
 
-        found = _arms(profile, scenario, run, tried=TRIED)
+        found = _arms(profile, scenario, run, tried=TRIED, deployed=Recalibrated)
         return {**found, "overrun_share": system.overrun_share()}
+
+
+def _startup(controller: Controller) -> int:
+    """Requests on nodes before an arm's count."""
+    if isinstance(controller, Paper):
+        return STARTUP
+    return LEARNED if isinstance(controller, Recalibrated) else WARM_UP
 
 
 def _in_turns(
@@ -186,6 +197,7 @@ def _arms(
     scenario: Scenario,
     run: Callable[[Sequence[Arm]], list[ArmRun]],
     tried: int = 1,
+    deployed: Callable[[Controller], Controller] = lambda controller: controller,
 ) -> dict[str, Any]:
     """Every arm under both rules.
 
@@ -194,6 +206,7 @@ def _arms(
         scenario: Of the system.
         run: Runs each arm on a system of the cost model beside it.
         tried: So many of the simulator's best plans for each aim are run to find the best.
+        deployed: What becomes of the solver and the policy where the profile can be wrong.
     """
     free = CostModel(profile, scenario)
     ruled = CostModel(profile, scenario.replace(constrained=True))
@@ -201,14 +214,14 @@ def _arms(
     arms: dict[tuple[str, str], Arm] = {
         ("constrained", "static"): (free, make_arm("static", context)),
         ("constrained", "paper"): (free, make_arm("paper-constrained", context)),
-        ("constrained", "solver"): (ruled, Solver()),
+        ("constrained", "solver"): (ruled, deployed(Solver())),
     }
     for name in ("edge", "fog", "cloud", "paper"):
         arms["free", name] = free, make_arm(name, context)
-    arms["free", "solver"] = free, Solver()
+    arms["free", "solver"] = free, deployed(Solver())
     policy = _policy(free, profile.spec.name)
     if policy is not None:
-        arms["free", "policy"] = free, policy
+        arms["free", "policy"] = free, deployed(policy)
     held = {"constrained": _best_plans(ruled, tried), "free": _best_plans(free, tried)}
     for rule, model in (("constrained", ruled), ("free", free)):
         for plan in held[rule]:
@@ -263,8 +276,8 @@ def _figures(run: ArmRun, model: CostModel, controller: Controller) -> dict[str,
     spread over `PASSES` requests.
     """
     count, requests = int(run.spent.completed[0]), int(run.intervals)
-    if count < requests:
-        raise RequestError(f"{requests - count} of {requests} requests of {run.name} were lost")
+    if not count:
+        raise RequestError(f"no request of {run.name} was answered")
     compute_j, full_j = (float(e[0]) / count for e in _energy(run, model))
     steady = {
         "latency_ms": 1e3 * float(run.spent.latency_sum_s[0]) / count,
@@ -305,6 +318,7 @@ def _figures(run: ArmRun, model: CostModel, controller: Controller) -> dict[str,
         **steady,
         "cost": float(cost[0]) / count,
         "overall": steady if fixed else overall,
+        "lost": requests - count,
     }
 
 
