@@ -48,6 +48,7 @@ class ClientLike(Protocol):
         plan: Plan,
         scheduled_s: float | None = None,
         *,
+        timeout_s: float | None = None,
         late: Sequence[CutTable] = (),
     ) -> Future[Any]:
         """Run one inference."""
@@ -96,6 +97,8 @@ class LiveSystem:
     Attributes:
         glance: Gives a request's plan, cuts [1, H], from the state at the moment it is submitted;
             None: requests take the interval's plan.
+        timeout_s: After which a request is given up as lost; the client's when None. The simulator
+            gives none up but those of an overlong run-out (`env.simulator.DRAIN_DEADLINES`).
     """
 
     def __init__(
@@ -115,6 +118,7 @@ class LiveSystem:
         self.last_output: Any = None
         self._source, self._playback = source, playback
         self.glance: Callable[[SystemState], NDArray[np.int64]] | None = None
+        self.timeout_s: float | None = None
         self._late_rule = LateRule(model) if model.scenario.late_binding else None
         self._late_profile = model.profile
         n_nodes = model.profile.n_nodes
@@ -240,7 +244,7 @@ class LiveSystem:
         x = self._source(self._sent)
         self._sent += 1
         try:
-            future = self.client.submit(x, plan, scheduled_s, late=late)
+            future = self.client.submit(x, plan, scheduled_s, timeout_s=self.timeout_s, late=late)
         except RequestError as error:
             log.info("request refused: %s", error)
             return False

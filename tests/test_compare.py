@@ -22,10 +22,12 @@ from agents.studies.compare import (
     versus,
 )
 from env.cost import Cost
+from env.live import LiveSystem
 from env.predict import CostModel
 from env.scenario import Scenario
-from env.simulator import Simulator
+from env.simulator import DRAIN_DEADLINES, Simulator
 from env.synthetic import synthetic_profile
+from executor.errors import ConfigError
 from executor.model import model_spec
 from executor.plan import Plan
 
@@ -294,6 +296,26 @@ def test_command_runs_a_live_system_seed_by_seed(profile_file, tmp_path, monkeyp
     # No simulator here decides per request.
     assert evaluate.main([*argv, "--arms", "solver", "--per-request"]) == 0
     assert "simulated" not in json.loads(out.read_text())
+
+
+def test_nodes_give_a_request_up_when_the_simulator_does(
+    profile_file, tmp_path, monkeypatch, capsys
+):
+    """After a client's 30 s a slow model's queue is shed, which the simulator never does."""
+
+    def open_system(args, scenario, profile):
+        return contextlib.closing(LiveSystem(CostModel(profile, scenario), None, lambda i: i))
+
+    def run(system, *args, **kwargs):
+        deadline_s = system.model.references.deadline_s
+        assert system.timeout_s == DRAIN_DEADLINES * deadline_s > 4 * deadline_s
+        raise ConfigError("as told")
+
+    monkeypatch.setattr(cells, "make_testbed_system", open_system)
+    monkeypatch.setattr(cells, "run_arm", run)
+    argv = command(profile_file, tmp_path, "--backend", "testbed", "--arms", "solver")
+    assert evaluate.main(argv) == 2
+    assert "as told" in capsys.readouterr().err
 
 
 def test_arms_on_the_testbed_correct_their_profile_if_asked(profile_file, tmp_path, monkeypatch):

@@ -46,9 +46,15 @@ class StandInClient:
         self.in_flight = 0
 
     def submit(
-        self, x: Any, plan: Plan, scheduled_s: float | None = None, *, late: Any = ()
+        self,
+        x: Any,
+        plan: Plan,
+        scheduled_s: float | None = None,
+        *,
+        timeout_s: float | None = None,
+        late: Any = (),
     ) -> Future[Any]:
-        self.late = late
+        self.late, self.timeout_s = late, timeout_s
         if self.refuse:
             raise RequestRefused("full")
         self.plans.append(plan)
@@ -186,6 +192,20 @@ def test_a_plan_for_each_request_and_its_cut_table(model: CostModel) -> None:
     assert len(client.plans) == len(asked) > 5
     assert client.plans[:4] == [Plan((3, 8)), Plan((3, 14))] * 2
     assert tuple(asked[1].cuts[0]) == (3, 8)
+
+
+def test_requests_get_the_time_that_the_system_is_told(model: CostModel) -> None:
+    client = StandInClient()
+    live = LiveSystem(model, client, lambda i: i)
+    try:
+        live.reset(1)
+        live.step(np.array([[3, 8]]))
+        assert client.timeout_s is None  # the client's own
+        live.timeout_s = 5.0
+        live.step(np.array([[3, 8]]))
+    finally:
+        live.close()
+    assert client.timeout_s == 5.0
 
 
 def test_refused_and_failed_requests_are_lost(model: CostModel) -> None:

@@ -29,7 +29,7 @@ from env.grid import GridConditions
 from env.live import LiveSystem
 from env.predict import CostModel
 from env.scenario import Scenario
-from env.simulator import Simulator
+from env.simulator import DRAIN_DEADLINES, Simulator
 from env.tape import Tape
 from executor.profile import Profile
 
@@ -184,6 +184,8 @@ class Cell:
             runs: dict[str, list[ArmRun]] = {name: [] for name in self.arms}
             again: dict[str, list[ArmRun]] = {name: [] for name in self.arms}
             slowness: list[NDArray[np.float64]] = []
+            if isinstance(system, LiveSystem):  # run out as the simulator does, and charged
+                system.timeout_s = DRAIN_DEADLINES * self.model.references.deadline_s
             # Arms take turns, so that what else the machine does hits all alike.
             for seed in [*self._seeds] * self.args.repeats:
                 for name in self.arms:
