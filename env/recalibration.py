@@ -1,10 +1,11 @@
 """The profile, corrected by what the requests in production measure.
 
 A profile is taken once; nodes get hot, are shared or replaced, and hops change their ways. Every
-finished request says anew how long its stages and hops took. Per node, the median of measured over
-profiled work says how many times as slow it is; per hop, what is left of the latencies once
-stages, waits, transmission and round trips are accounted for is what a frame takes beside them.
-No clock and no sockets: the estimator is handed what an interval completed.
+finished request says anew how long its stages and hops took. Per node, medians of measured over
+profiled work, stage by stage, say how slow it and each of its units are (`env._units`); per hop,
+what is left of the latencies once stages, waits, transmission and round trips are accounted for is
+what a frame takes beside them. No clock and no sockets: the estimator is handed what an interval
+completed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from env._units import UnitFactors
 from env.predict import PlanTable
 from env.state import SystemState
 from env.system import Completed
@@ -29,7 +31,6 @@ log = logging.getLogger(__name__)
 
 F64 = NDArray[np.float64]
 PROFILE_WEIGHT = 0.1  # of the profile's overhead per frame, in requests
-_FACTORS = (0.05, 20.0)  # a node is believed to be at most so much faster or slower
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,12 @@ class RecalibrationSettings:
     """How the estimates move.
 
     Attributes:
-        window: Newest requests whose median counts, per node and per number of hops crossed; a
-            node that changes at once is believed after half of them.
+        window: Newest requests whose median counts, per stage of a node (its first and last unit)
+            and per number of hops crossed; a node that changes at once is believed after half of
+            them.
         least: With fewer, the profile stands.
         forget_s: Older requests do not count: who has avoided a node for so long tries it again.
-        step: Least relative change of a node that is worth a new profile.
+        step: Least relative change of a unit that is worth a new profile.
         step_s: Least change of a hop, seconds.
     """
 
@@ -63,12 +65,15 @@ class Recalibration:
     """What is believed now, beside the profile.
 
     Attributes:
-        node_factors: [N] how many times as slow as profiled each node is.
+        node_factors: [N] how many times as slow as profiled each node is, for the whole model.
         frame_overhead_s: [H] seconds per frame beside its bytes and propagation.
+        unit_factors: [N][n + 1] the same of each unit, and of what a stage takes to begin; empty
+            if all of a node's are as the node is.
     """
 
     node_factors: tuple[float, ...]
     frame_overhead_s: tuple[float, ...]
+    unit_factors: tuple[tuple[float, ...], ...] = ()
 
     def of(self, profile: Profile) -> Profile:
         """The profile corrected: units and what a stage takes to begin, as both are measured."""
@@ -76,7 +81,16 @@ class Recalibration:
             replace(hop, frame_overhead_s=overhead_s)
             for hop, overhead_s in zip(profile.hops, self.frame_overhead_s, strict=True)
         )
-        return profile.scaled(self.node_factors).with_changes(hops=hops)
+        if not self.unit_factors:
+            return profile.scaled(self.node_factors).with_changes(hops=hops)
+        nodes = tuple(
+            replace(
+                node.scaled(factors[-1]),
+                unit_s=tuple(np.multiply(node.unit_s, factors[:-1]).tolist()),
+            )
+            for node, factors in zip(profile.nodes, self.unit_factors, strict=True)
+        )
+        return profile.with_changes(nodes=nodes, hops=hops)
 
 
 class Recalibrator:
@@ -93,11 +107,13 @@ class Recalibrator:
     def __init__(self, profile: Profile, settings: RecalibrationSettings | None = None) -> None:
         self._profile, self.settings = profile, settings or RecalibrationSettings()
         self.believed = self._nothing = Recalibration(
-            (1.0,) * profile.n_nodes, tuple(h.frame_overhead_s for h in profile.hops)
+            (1.0,) * profile.n_nodes,
+            tuple(h.frame_overhead_s for h in profile.hops),
+            ((1.0,) * (profile.spec.n_units + 1),) * profile.n_nodes,
         )
         kept = self.settings.window
-        # (when it completed, value), per node and per number of hops crossed.
-        self._ratios = [deque[tuple[float, float]](maxlen=kept) for _ in profile.nodes]
+        self._units = [UnitFactors(node, kept, self.settings.least) for node in profile.nodes]
+        # (when it completed, value), per number of hops crossed.
         self._rests = [deque[tuple[float, float]](maxlen=kept) for _ in range(profile.n_nodes)]
         self._reply_bytes = float(profile.spec.cut_bytes[-1])
         self._expected: dict[tuple[int, ...], tuple[F64, int]] = {}
@@ -115,10 +131,12 @@ class Recalibrator:
         for r in np.flatnonzero(~done.lost):
             self._take(done, int(r), state)
         now_s = float(np.nanmax(done.completion_s, initial=-np.inf))
-        for values in (*self._ratios, *self._rests):
+        for values in self._rests:
             while values and values[0][0] < now_s - self.settings.forget_s:
                 values.popleft()
-        found = Recalibration(self._node_factors(), self._frame_overheads_s())
+        for units in self._units:
+            units.forget(now_s - self.settings.forget_s)
+        found = self._found()
         if not self._matters(found):
             return None
         self.believed = found
@@ -129,11 +147,13 @@ class Recalibrator:
         return found.of(self._profile)
 
     def _take(self, done: Completed, row: int, state: SystemState) -> None:
-        expected_s, crossed = self._work_of(tuple(map(int, done.cuts[row])))
+        cuts = tuple(map(int, done.cuts[row]))
+        expected_s, crossed = self._work_of(cuts)
+        bounds = (0, *cuts, self._profile.spec.n_units)
         at_s = float(done.completion_s[row])
         for k, work_s in enumerate(done.work_s[row]):
             if expected_s[k] > 0 and work_s > 0:
-                self._ratios[k].append((at_s, float(work_s / expected_s[k])))
+                self._units[k].add(at_s, bounds[k], bounds[k + 1], float(work_s / expected_s[k]))
         if not crossed:
             return
         rest_s = done.completion_s[row] - done.arrival_s[row] - done.wait_s[row]
@@ -150,12 +170,13 @@ class Recalibrator:
             self._expected[cuts] = work_s, int(table.crossed[0].sum())
         return self._expected[cuts]
 
-    def _node_factors(self) -> tuple[float, ...]:
-        return tuple(
-            float(np.clip(np.median([v for _, v in ratios]), *_FACTORS))
-            if len(ratios) >= self.settings.least
-            else 1.0
-            for ratios in self._ratios
+    def _found(self) -> Recalibration:
+        factors = [units.factors() for units in self._units]
+        whole = [np.array([*n.unit_s, n.stage_overhead_s]) for n in self._profile.nodes]
+        return Recalibration(
+            tuple(float(f @ s / s.sum()) for f, s in zip(factors, whole, strict=True)),
+            self._frame_overheads_s(),
+            tuple(tuple(f.tolist()) for f in factors),
         )
 
     def _frame_overheads_s(self) -> tuple[float, ...]:
@@ -182,6 +203,6 @@ class Recalibrator:
 
     def _matters(self, found: Recalibration) -> bool:
         now, settings = self.believed, self.settings
-        moved = np.abs(np.log(np.divide(found.node_factors, now.node_factors)))
+        moved = np.abs(np.log(np.divide(found.unit_factors, now.unit_factors)))
         moved_s = np.abs(np.subtract(found.frame_overhead_s, now.frame_overhead_s))
         return bool((moved > settings.step).any() or (moved_s > settings.step_s).any())
