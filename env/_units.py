@@ -41,22 +41,30 @@ class UnitFactors:
         self._window, self._least = window, least
         # (when it completed, log of measured over profiled work), per stage [start, stop).
         self._stages: dict[tuple[int, int], deque[tuple[float, float]]] = {}
+        self._found: F64 | None = None  # until something new comes
 
     def add(self, at_s: float, start: int, stop: int, ratio: float) -> None:
         """Take in a request: what its stage took over what the profile says."""
         kept = self._stages.setdefault((start, stop), deque(maxlen=self._window))
         kept.append((at_s, float(np.log(ratio))))
+        self._found = None
 
     def forget(self, before_s: float) -> None:
         """Leave out what completed before."""
         for stage, kept in list(self._stages.items()):
             while kept and kept[0][0] < before_s:
                 kept.popleft()
+                self._found = None
             if not kept:
                 del self._stages[stage]
 
     def factors(self) -> F64:
         """[n + 1] how many times as slow as profiled each unit is, and what a stage begins with."""
+        if self._found is None:
+            self._found = self._fit()
+        return self._found
+
+    def _fit(self) -> F64:
         mix, seen, noise = self._observed()
         profiled_s = np.zeros((len(self._stages), len(self._profiled_s)))
         for row, (start, stop) in zip(profiled_s, self._stages, strict=True):

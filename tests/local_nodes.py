@@ -1,9 +1,11 @@
 """Nodes of a cluster as threads of the test's process, and free ports for them."""
 
+import itertools
+import os
 import socket
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -14,12 +16,20 @@ from executor.node import Node
 SMALL_NET = f"{Path(__file__).with_name('small_net.py')}:make"
 
 
+# Below the ports that the kernel gives whoever asks for any, and each test process its own.
+PORTS = itertools.cycle(range(10_000 + os.getpid() % 100 * 200, 10_200 + os.getpid() % 100 * 200))
+
+
 def free_ports(count):
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+    """Ports that nobody listens on; they stay free until they are bound."""
+    free = []
+    for port in itertools.islice(PORTS, 200):
+        with socket.socket() as one, suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            free.append(port)
+        if len(free) == count:
+            return free
+    raise AssertionError(f"no {count} of 200 ports are free")
 
 
 @contextmanager
