@@ -67,13 +67,12 @@ class Recalibration:
     Attributes:
         node_factors: [N] how many times as slow as profiled each node is, for the whole model.
         frame_overhead_s: [H] seconds per frame beside its bytes and propagation.
-        unit_factors: [N][n + 1] the same of each unit, and of what a stage takes to begin; empty
-            if all of a node's are as the node is.
+        unit_factors: [N][n + 1] the same of each unit, and of what a stage takes to begin.
     """
 
     node_factors: tuple[float, ...]
     frame_overhead_s: tuple[float, ...]
-    unit_factors: tuple[tuple[float, ...], ...] = ()
+    unit_factors: tuple[tuple[float, ...], ...]
 
     def of(self, profile: Profile) -> Profile:
         """The profile corrected: units and what a stage takes to begin, as both are measured."""
@@ -81,8 +80,6 @@ class Recalibration:
             replace(hop, frame_overhead_s=overhead_s)
             for hop, overhead_s in zip(profile.hops, self.frame_overhead_s, strict=True)
         )
-        if not self.unit_factors:
-            return profile.scaled(self.node_factors).with_changes(hops=hops)
         nodes = tuple(
             replace(
                 node.scaled(factors[-1]),

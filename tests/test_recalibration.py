@@ -36,8 +36,14 @@ def still(**changes: object) -> Scenario:
     )
 
 
+def changed(profile: Profile, factors: tuple[float, ...], frame_s: tuple[float, ...]) -> Profile:
+    """Nodes so many times as slow, hops that take so long per frame."""
+    units = tuple((factor,) * (profile.spec.n_units + 1) for factor in factors)
+    return Recalibration(factors, frame_s, units).of(profile)
+
+
 def wrong(profile: Profile) -> Profile:
-    return Recalibration((1.0, 0.5, 1.0), (0.012, 0.004)).of(profile)
+    return changed(profile, (1.0, 0.5, 1.0), (0.012, 0.004))
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +129,7 @@ def whole_s(profile: Profile, node: int) -> float:
 def on_the_fog(truth: CostModel) -> tuple[Profile, SystemState]:
     """A profile whose fog takes 0.1 s for the model, and a state without round trips."""
     total = whole_s(truth.profile, 1)
-    profile = Recalibration((1.0, 0.1 / total, 1.0), (0.0, 0.0)).of(truth.profile)
+    profile = changed(truth.profile, (1.0, 0.1 / total, 1.0), (0.0, 0.0))
     state = Simulator(truth, 1, 0).reset(0)
     return profile, replace(state, rtt_s=np.zeros((1, 2)), bytes_per_s=np.full((1, 2), 1e12))
 
