@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from agents.arms.believing import Believing
 from agents.arms.controllers import Controller, Solver
 from agents.arms.recalibrated import Recalibrated
+from agents.cli import Parser, positive_int, run_command
 from agents.studies.compare import per_row, run_arm
 from env.predict import CostModel
 from env.scenario import Scenario
@@ -34,14 +35,19 @@ RATE, STARTUP, INTERVALS = 0.7, 10, 150
 FIRST_SEED = 100
 
 
-def main() -> None:
-    """Print a line per model."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+def main() -> int:
+    """Print a line per model; returns the exit code."""
+    parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--models", default="alexnet,mobilenet_v2,vgg16")
     parser.add_argument("--unit-sd", type=float, default=0.4, help="of a unit's log factor")
     parser.add_argument("--node-sd", type=float, default=0.4, help="of a node's")
-    parser.add_argument("--draws", type=int, default=10)
+    parser.add_argument("--draws", type=positive_int, default=10)
     args = parser.parse_args()
+    return run_command(lambda: regained(args))
+
+
+def regained(args: argparse.Namespace) -> int:
+    """Run the three arms on every draw."""
     for name in args.models.split(","):
         scenario = Scenario.load().replace(capacity_fraction=RATE)
         told = synthetic_profile(model_spec(name), scenario)
@@ -59,6 +65,7 @@ def main() -> None:
         ratios = costs[:, 1:] / costs[:, :1]
         mean = np.exp(np.log(ratios).mean(axis=0))
         print(f"{name}: wrong {mean[0]:.3f}, recalibrated {mean[1]:.3f}", ratios[:, 1].round(2))
+    return 0
 
 
 def slowed(profile: Profile, unit_sd: float, node_sd: float, seed: int) -> Profile:
@@ -79,4 +86,4 @@ def cost(true: CostModel, arm: Controller, seed: int) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
