@@ -45,6 +45,8 @@ class UnitFactors:
 
     def add(self, at_s: float, start: int, stop: int, ratio: float) -> None:
         """Take in a request: what its stage took over what the profile says."""
+        if self._profiled_s[start:stop].sum() + self._profiled_s[-1] <= 0.0:
+            return  # nothing but conversions, which tell no unit
         kept = self._stages.setdefault((start, stop), deque(maxlen=self._window))
         kept.append((at_s, float(np.log(ratio))))
         self._found = None

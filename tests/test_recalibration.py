@@ -213,6 +213,15 @@ def test_factors_stay_in_bounds_whatever_the_stages(
         assert (found == 1.0).all()
 
 
+def test_a_stage_that_was_profiled_to_take_nothing_tells_nothing(truth: CostModel) -> None:
+    node = replace(truth.profile.nodes[0], unit_s=(0.0,) + (0.1,) * 20, stage_overhead_s=0.0)
+    units = UnitFactors(node, window=8, least=1)
+    units.add(1.0, 0, 1, 3.0)
+    assert (units.factors() == 1.0).all()
+    units.add(1.0, 0, 2, 3.0)
+    assert units.factors()[1] > 2.0
+
+
 def test_rare_stages_count_together(truth: CostModel) -> None:
     """A node twice as slow, and never the same stage twice."""
     units = UnitFactors(truth.profile.nodes[0], window=32, least=5)
