@@ -19,7 +19,7 @@ __all__ = ["UnitFactors"]
 
 F64 = NDArray[np.float64]
 _LIMITS = (0.05, 20.0)  # a node is believed to be at most so much faster or slower
-_NODE_SD = 1.0  # of the logarithm of a whole node's factor: one e-fold is nothing unusual
+_NODE_SD = 100.0  # of the logarithm of a whole node's factor: it may be anything
 _UNIT_SD = 0.4  # of a unit's beside it: memory found cold, another cache
 _REQUEST_SD = 0.1  # of one request's stage
 _DRIFT_PER_S = 0.01 / 60.0  # variance that an older stage gains: a tenth within a minute
