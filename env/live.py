@@ -8,6 +8,7 @@ cluster the conditions are what they are.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -22,7 +23,7 @@ from env.cost import IntervalRecord
 from env.late import LateRule
 from env.predict import CostModel, PlanTable
 from env.state import SystemState
-from env.system import ARRIVAL_SMOOTHING_S, Completed, StepResult
+from env.system import ARRIVAL_SMOOTHING_S, DRAIN_DEADLINES, Completed, StepResult
 from executor.errors import RequestError, RequestRefused, SplitpilotError
 from executor.late import CutTable
 from executor.plan import Plan
@@ -97,8 +98,7 @@ class LiveSystem:
     Attributes:
         glance: Gives a request's plan, cuts [1, H], from the state at the moment it is submitted;
             None: requests take the interval's plan.
-        timeout_s: After which a request is given up as lost; the client's when None. The simulator
-            gives none up but those of an overlong run-out (`env.simulator.DRAIN_DEADLINES`).
+        timeout_s: After which a request is given up as lost; the client's when None.
     """
 
     def __init__(
@@ -182,7 +182,8 @@ class LiveSystem:
         """No more arrivals: wait until nothing is outstanding; returns what that spent.
 
         Conditions that are played are held meanwhile as they lately were, as the simulator's are
-        (`IntervalConditions.smoothed`). `reset` next.
+        (`IntervalConditions.smoothed`). What `DRAIN_DEADLINES` deadlines did not finish is waited
+        for, too, but lost and charged for them. `reset` next.
         """
         return self.drain_completed().record
 
@@ -192,9 +193,10 @@ class LiveSystem:
         if gone := self._intervals[: self._interval]:
             self._play([IntervalConditions.lately(gone, self.scenario.interval_s)], begin)
         self._finish_open()
-        self._end_s = max(begin, time.monotonic())
+        limit = begin + DRAIN_DEADLINES * self.model.references.deadline_s
+        self._end_s = min(max(begin, time.monotonic()), limit)
         record = IntervalRecord.zeros(1, self.model.profile.n_nodes)
-        completed = self._collect(record, begin, self._end_s, [])
+        completed = self._collect(record, begin, self._end_s, [], limit)
         return StepResult(state=self._state(), record=record, completed=completed)
 
     def overrun_share(self) -> dict[str, float]:
@@ -309,7 +311,12 @@ class LiveSystem:
                 self._probes.append((hop, float(n_bytes), future))
 
     def _collect(
-        self, record: IntervalRecord, begin: float, end: float, refused: list[float]
+        self,
+        record: IntervalRecord,
+        begin: float,
+        end: float,
+        refused: list[float],
+        lost_after: float = math.inf,
     ) -> Completed:
         """Account for an interval: what is still open, what ended, what probing took."""
         spans: list[tuple[float, float]] = []
@@ -325,6 +332,8 @@ class LiveSystem:
                 reply = item.future.result()
                 self.last_output = reply.output
                 finished, done = float(reply.record.completed_s), reply.record
+                if finished > lost_after:
+                    finished, done = end, None
             else:
                 log.warning("request failed: %s", error)
                 finished, done = end, None

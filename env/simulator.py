@@ -32,7 +32,7 @@ from env.cost import IntervalRecord
 from env.late import ROWS, LateRule
 from env.predict import CostModel
 from env.state import SystemState
-from env.system import ARRIVAL_SMOOTHING_S, Completed, StepResult
+from env.system import ARRIVAL_SMOOTHING_S, DRAIN_DEADLINES, Completed, StepResult
 from env.tape import Tape, record_conditions
 from executor.errors import ConfigError
 
@@ -42,8 +42,6 @@ F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 # Per station, chunks of (slots, arrival there after the interval's start).
 Flows = list[list[tuple[I64, F64]]]
-
-DRAIN_DEADLINES = 20.0
 
 
 class Simulator:

@@ -12,13 +12,15 @@ from env.cost import IntervalRecord
 from env.predict import CostModel
 from env.state import SystemState
 
-__all__ = ["ARRIVAL_SMOOTHING_S", "Completed", "StepResult", "System"]
+__all__ = ["ARRIVAL_SMOOTHING_S", "DRAIN_DEADLINES", "Completed", "StepResult", "System"]
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 
 # Time constant with which every system smooths its count of arrivals.
 ARRIVAL_SMOOTHING_S = 3.0
+# What this many deadlines of a run-out do not finish is lost.
+DRAIN_DEADLINES = 20.0
 
 
 @dataclass
@@ -79,7 +81,10 @@ class System(Protocol):
         """Run one interval under `cuts` [B, H], sending probes of `probe_bytes` [B, H] first."""
 
     def drain(self) -> IntervalRecord:
-        """No more arrivals: run out what is open and return what that spent."""
+        """No more arrivals: run out what is open and return what that spent.
+
+        What `DRAIN_DEADLINES` deadlines do not finish is lost, and charged for them.
+        """
 
     def drain_completed(self) -> StepResult:
         """As `drain`, with the requests that ended and the state after it."""

@@ -25,8 +25,9 @@ from env.cost import Cost
 from env.live import LiveSystem
 from env.predict import CostModel
 from env.scenario import Scenario
-from env.simulator import DRAIN_DEADLINES, Simulator
+from env.simulator import Simulator
 from env.synthetic import synthetic_profile
+from env.system import DRAIN_DEADLINES
 from executor.errors import ConfigError
 from executor.model import model_spec
 from executor.plan import Plan
@@ -298,17 +299,17 @@ def test_command_runs_a_live_system_seed_by_seed(profile_file, tmp_path, monkeyp
     assert "simulated" not in json.loads(out.read_text())
 
 
-def test_nodes_give_a_request_up_when_the_simulator_does(
+def test_nodes_give_no_request_up_before_the_simulator_does(
     profile_file, tmp_path, monkeypatch, capsys
 ):
-    """After a client's 30 s a slow model's queue is shed, which the simulator never does."""
+    """A node refuses what has waited for half of its time, which the simulator never does."""
 
     def open_system(args, scenario, profile):
         return contextlib.closing(LiveSystem(CostModel(profile, scenario), None, lambda i: i))
 
     def run(system, *args, **kwargs):
-        deadline_s = system.model.references.deadline_s
-        assert system.timeout_s == DRAIN_DEADLINES * deadline_s > 4 * deadline_s
+        run_out_s = DRAIN_DEADLINES * system.model.references.deadline_s
+        assert 0.5 * system.timeout_s == pytest.approx(system.scenario.episode_s + run_out_s)
         raise ConfigError("as told")
 
     monkeypatch.setattr(cells, "make_testbed_system", open_system)

@@ -13,7 +13,8 @@ from env.conditions import mean_delay_s
 from env.cost import Cost
 from env.late import ROWS, LateRule, LateTables
 from env.predict import CostModel
-from env.simulator import DRAIN_DEADLINES, Simulator
+from env.simulator import Simulator
+from env.system import DRAIN_DEADLINES
 from executor.errors import ConfigError
 from executor.link import MIN_FRAME_BYTES
 

@@ -223,6 +223,42 @@ def test_refused_and_failed_requests_are_lost(model: CostModel) -> None:
         assert record.lost[0] == record.arrived[0] > 0 and record.completed[0] == 0
 
 
+def test_what_a_run_out_does_not_finish_in_time_is_lost(
+    model: CostModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every second answer comes a second late; this run-out has 20 ms, as all have 20 deadlines."""
+    monkeypatch.setattr("env.live.DRAIN_DEADLINES", 0.02 / model.references.deadline_s)
+    open_: list[tuple[Future[Any], Reply]] = []
+
+    class SlowClient(StandInClient):
+        def submit(self, x: Any, plan: Plan, *args: Any, **kwargs: Any) -> Future[Any]:
+            reply: Reply = super().submit(x, plan, *args, **kwargs).result()
+            late_s = float(len(self.plans) % 2)
+            record = replace(reply.record, completed_s=reply.record.completed_s + late_s)
+            open_.append((Future(), replace(reply, record=record)))
+            return open_[-1][0]
+
+    def answer() -> None:
+        for future, reply in open_:
+            future.set_result(reply)
+
+    live = LiveSystem(model, SlowClient(), lambda i: i)
+    timer = threading.Timer(0.05, answer)
+    try:
+        live.reset(1)
+        assert live.step(np.array([[3, 8]])).record.completed[0] == 0
+        timer.start()
+        record = live.drain()
+        timer.join()
+    finally:
+        timer.cancel()
+        live.close()
+    assert record.lost[0] == -(-len(open_) // 2) > 2
+    assert record.completed[0] == len(open_) // 2
+    # Lost ones are charged until they are given up, and not for longer.
+    assert record.union_s[0] == pytest.approx(0.02)
+
+
 def test_in_a_closed_loop_a_request_waits_for_the_probes_and_the_next_for_its_answer(
     model: CostModel,
 ) -> None:

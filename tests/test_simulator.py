@@ -19,7 +19,8 @@ from env.conditions import Conditions
 from env.cost import Cost, IntervalRecord
 from env.predict import CostModel
 from env.scenario import HopSetup, Process
-from env.simulator import DRAIN_DEADLINES, Simulator
+from env.simulator import Simulator
+from env.system import DRAIN_DEADLINES
 from executor.errors import ConfigError
 from executor.link import MIN_FRAME_BYTES
 

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from env.conditions import IntervalConditions
 from env.cost import Cost
 from env.predict import CostModel
-from env.simulator import DRAIN_DEADLINES, Simulator, Snapshot
+from env.simulator import Simulator, Snapshot
+from env.system import DRAIN_DEADLINES
 from env.tape import Tape
 
 if TYPE_CHECKING:

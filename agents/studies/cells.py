@@ -29,7 +29,8 @@ from env.grid import GridConditions
 from env.live import LiveSystem
 from env.predict import CostModel
 from env.scenario import Scenario
-from env.simulator import DRAIN_DEADLINES, Simulator
+from env.simulator import Simulator
+from env.system import DRAIN_DEADLINES
 from env.tape import Tape
 from executor.profile import Profile
 
@@ -184,8 +185,11 @@ class Cell:
             runs: dict[str, list[ArmRun]] = {name: [] for name in self.arms}
             again: dict[str, list[ArmRun]] = {name: [] for name in self.arms}
             slowness: list[NDArray[np.float64]] = []
-            if isinstance(system, LiveSystem):  # run out as the simulator does, and charged
-                system.timeout_s = DRAIN_DEADLINES * self.model.references.deadline_s
+            if isinstance(system, LiveSystem):
+                # Until the run-out's end, as in the simulator; a node refuses what has waited for
+                # half of its time.
+                run_out_s = DRAIN_DEADLINES * self.model.references.deadline_s
+                system.timeout_s = 2.0 * (length_s + run_out_s)
             # Arms take turns, so that what else the machine does hits all alike.
             for seed in [*self._seeds] * self.args.repeats:
                 for name in self.arms:
