@@ -153,6 +153,11 @@ class Hop:
             self._take_back(out)
         return out
 
+    def withdraw(self, header: Header) -> None:
+        """Take out a request that nobody wants sent any more; one that is on its way stays."""
+        if self.outbox.withdraw(header):
+            self._take_back([header])
+
     def _take_back(self, headers: list[Header]) -> None:
         """Requests were taken out of the outbox: no acknowledgement will come for them."""
         keys = {_key(header) for header in headers}

@@ -285,8 +285,8 @@ class NodeCore:
             self._last_received_s = now_s
         way = Way(identity, header)
         until_s = turn_until_s(header, now_s)
-        if old is not None and old.job is not None:
-            if (old.job.start, old.job.stop) == (start, stop):
+        if old is not None:
+            if old.job is not None and (old.job.start, old.job.stop) == (start, stop):
                 self.duplicates += 1
                 way.job = old.job
                 way.job.until_s = until_s
@@ -305,10 +305,12 @@ class NodeCore:
             self._enqueue(way.job, now_s)
 
     def _abandon(self, way: Way) -> None:
-        """Nobody wants what is computed for a request here any more."""
+        """Nobody wants what is computed for a request here, or waits for its hop, any more."""
         if way.job is not None:
             way.job.abandoned = True
             self._jobs.discard(way.header.client, way.header.seq)
+        if way.hop is not None:
+            way.hop.withdraw(way.header)
 
     def _acknowledge(self, identity: bytes, header: Header, kind: Kind, now_s: float) -> None:
         ack = header.reply(kind)

@@ -66,6 +66,10 @@ class Outbox:
         """Take out the requests that nobody waits for any more."""
         return [header for header, *_ in self._requests.discard(lambda item: item[2] <= now_s)]
 
+    def withdraw(self, header: Header) -> bool:
+        """Take a request out; whether it was still here."""
+        return bool(self._requests.discard(lambda item: item[0] is header, header.client))
+
     def clear(self) -> None:
         """Forget all that waits."""
         self._requests.clear()

@@ -225,6 +225,36 @@ def test_a_request_that_comes_twice_is_computed_once():
     assert identity == b"third" and parse(parts).header.tries == 3
 
 
+def test_an_older_try_does_not_wait_for_its_hop_any_more():
+    """It would take the hop's time from those that somebody waits for."""
+    node, queue, _ = core(1, max_queue=4)
+    node.on_link(node.hop, True, 0.0)
+    for seq in (1, 2, 3):
+        header, body = infer((0, 0), seq)
+        header.tries = 1
+        node.on_upstream(b"up", [pack(header), body], 0.0)
+    node.hop.outbox.popleft()
+    assert node.hop.backlog_frames == 3 and len(node.hop.outbox) == 2
+    # Run here instead: the first is on its way already, the second is not.
+    for seq in (1, 2):
+        header, body = infer((0, 21), seq)
+        header.tries = 2
+        node.on_upstream(b"up", [pack(header), body], 0.1)
+    assert len(queue) == 2 and node.hop.backlog_frames == 2
+    assert parse([*node.hop.outbox.popleft()[:1], bytes(602112)]).header.seq == 3
+    assert not node.hop.outbox
+    # One whose older try was answered after all does not wait either.
+    header, body = infer((0, 0), 4)
+    header.tries = 2
+    node.on_upstream(b"up", [pack(header), body], 0.2)
+    assert node.hop.backlog_frames == 3
+    answer = header.reply(Kind.RESULT)
+    answer.tries, answer.cuts = 1, (0, 0)
+    output = array_body(answer, np.zeros((1, 1000), np.float32))
+    node.on_downstream([pack(answer), output], 0.3)
+    assert not node.hop.outbox and node.hop.backlog_frames == 2
+
+
 def test_a_broken_hop_is_told_and_what_was_on_it_is_lost():
     node, _, _ = core(1, max_queue=4)
     node.on_link(node.hop, True, 0.0)
