@@ -125,6 +125,7 @@ class LiveSystem:
         self._probers = ThreadPoolExecutor(max(1, n_nodes - 1), thread_name_prefix="probe")
         self._probes: list[tuple[int, float, Future[list[float]]]] = []
         self._failing: set[int] = set()  # hops whose last probe failed
+        self._silent: dict[int, float] = {}  # hops that did not answer `reset`, and since when
         self._open: list[_Open] = []
         self._sent = 0
         self._cuts = np.zeros((1, n_nodes - 1), dtype=np.int64)
@@ -292,9 +293,12 @@ class LiveSystem:
 
     def _measure_hops(self) -> None:
         """Probe every hop, so that the first decision knows it; charged to no interval."""
+        began = time.monotonic()
         probing, n_nodes = self.scenario.probing, self.model.profile.n_nodes
         self._start_probes(np.full(n_nodes - 1, float(probing.payload_bytes)))
         wait([future for *_, future in self._probes], timeout=probing.idle_s)
+        answered = {h for h, _, future in self._probes if future.done() and not future.exception()}
+        self._silent = dict.fromkeys(set(range(n_nodes - 1)) - answered, began)
         self._collect_probes(IntervalRecord.zeros(1, n_nodes))
 
     def _finish_open(self) -> None:
@@ -433,11 +437,20 @@ class LiveSystem:
         status = self.client.status()
         now = time.monotonic()
         n_nodes = self.model.profile.n_nodes
-        ages, rtts, hop_backlog = [], [], []
+        # As `env._begin.first_state`: a hop that did not answer is slower than that.
+        slowest = self.scenario.probing.payload_bytes / self.scenario.probing.idle_s
+        rates, ages, rtts, hop_backlog = [], [], [], []
         for h in range(n_nodes - 1):
             node = status.get(h)
             measured = node is not None and node.hop_bytes_per_s
             age = node.hop_age_s + now - node.received_s if measured else now - self._start_s
+            rate = self._rate(h, status)
+            if h in self._silent:
+                if measured and now - age > self._silent[h]:
+                    del self._silent[h]
+                else:
+                    rate, age = min(rate, slowest), now - self._start_s
+            rates.append(rate)
             ages.append(max(0.0, age))
             rtts.append(self._rtt(h, status))
             hop_backlog.append(node.hop_backlog_bytes if node is not None else 0.0)
@@ -447,7 +460,7 @@ class LiveSystem:
             loads.append(min(node.load, 0.9) if node is not None else 0.0)
             backlogs.append(node.backlog_s if node is not None else 0.0)
         return SystemState(
-            bytes_per_s=np.array([[self._rate(h, status) for h in range(n_nodes - 1)]]),
+            bytes_per_s=np.array([rates]),
             bandwidth_age_s=np.array([ages]),
             rtt_s=np.array([rtts]),
             node_load=np.array([loads], dtype=np.float64),

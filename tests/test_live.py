@@ -146,7 +146,6 @@ def test_probes_are_charged_as_transmission(
 ) -> None:
     """What a probe sent counts, answered or not; on a hop that frames measure none is due."""
     client = StandInClient()
-    client.probe_fails = failure
     fresh = {"hop_bytes_per_s": 5e6, "hop_age_s": 0.0, "received_s": time.monotonic() + 60.0}
     stale = {**fresh, "received_s": time.monotonic() - 60.0}
     client.statuses = {k: NodeStatus(node=k, down=False, **s) for k, s in enumerate((fresh, stale))}
@@ -154,6 +153,7 @@ def test_probes_are_charged_as_transmission(
     n = model.profile.spec.n_units
     try:
         probes = idle_probes(live.reset(1), model.scenario)
+        client.probe_fails = failure
         assert probes.tolist() == [[0.0, model.scenario.probing.payload_bytes]]
         record = live.step(np.array([[n, n]]), probes).record
         record.add(live.step(np.array([[n, n]])).record)
@@ -352,9 +352,18 @@ def test_every_hop_is_probed_before_the_first_decision(model: CostModel) -> None
     client.probe_fails = RequestTimeout("silent")
     live = LiveSystem(model, client, lambda i: i)
     try:
-        live.reset(1)  # an unanswered probe does not stop it
+        first = live.reset(1)  # an unanswered probe does not stop it
         assert sorted(client.probes) == [(0, 65536), (1, 65536)]
+        # What was measured before says nothing: hops are as slow as not to have answered in time.
+        slowest = 65536 / live.scenario.probing.idle_s
+        client.statuses = {h: NodeStatus(h, hop_bytes_per_s=1e6, hop_age_s=60.0) for h in range(2)}
+        for state in (first, live.step(np.array([[0, 0]])).state):
+            assert state.bytes_per_s.tolist() == [[slowest, slowest]]
+            assert state.bandwidth_age_s.max() < 0.5 * live.scenario.probing.idle_s
+        now = time.monotonic()
+        client.statuses[1] = NodeStatus(1, hop_bytes_per_s=1e6, hop_age_s=0.0, received_s=now)
         step = live.step(np.array([[0, 0]]))
+        assert step.state.bytes_per_s.tolist() == [[slowest, 1e6]]
     finally:
         live.close()
     assert step.record.hop_transmit_s.sum() == pytest.approx(0.001 * step.record.completed[0])
