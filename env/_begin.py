@@ -31,8 +31,7 @@ def first_state(
         rate_rps: [B] arrivals expected.
         outages: Which hops are down.
     """
-    batch, probing = len(rate_rps), scenario.probing
-    slowest = probing.payload_bytes / probing.idle_s
+    batch, slowest = len(rate_rps), scenario.probing.unanswered_bytes_per_s
     return SystemState(
         bytes_per_s=np.maximum(coming.hop_bytes_per_s[:, :, 0], slowest),
         bandwidth_age_s=np.zeros((batch, chain.n_hops)),

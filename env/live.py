@@ -125,7 +125,8 @@ class LiveSystem:
         self._probers = ThreadPoolExecutor(max(1, n_nodes - 1), thread_name_prefix="probe")
         self._probes: list[tuple[int, float, Future[list[float]]]] = []
         self._failing: set[int] = set()  # hops whose last probe failed
-        self._silent: dict[int, float] = {}  # hops that did not answer `reset`, and since when
+        self._silent: set[int] = set()  # hops that did not answer when they were first probed
+        self._probed_s = -math.inf
         self._open: list[_Open] = []
         self._sent = 0
         self._cuts = np.zeros((1, n_nodes - 1), dtype=np.int64)
@@ -293,12 +294,12 @@ class LiveSystem:
 
     def _measure_hops(self) -> None:
         """Probe every hop, so that the first decision knows it; charged to no interval."""
-        began = time.monotonic()
         probing, n_nodes = self.scenario.probing, self.model.profile.n_nodes
+        self._probed_s = time.monotonic()
         self._start_probes(np.full(n_nodes - 1, float(probing.payload_bytes)))
         wait([future for *_, future in self._probes], timeout=probing.idle_s)
         answered = {h for h, _, future in self._probes if future.done() and not future.exception()}
-        self._silent = dict.fromkeys(set(range(n_nodes - 1)) - answered, began)
+        self._silent = set(range(n_nodes - 1)) - answered
         self._collect_probes(IntervalRecord.zeros(1, n_nodes))
 
     def _finish_open(self) -> None:
@@ -437,19 +438,15 @@ class LiveSystem:
         status = self.client.status()
         now = time.monotonic()
         n_nodes = self.model.profile.n_nodes
-        # As `env._begin.first_state`: a hop that did not answer is slower than that.
-        slowest = self.scenario.probing.payload_bytes / self.scenario.probing.idle_s
+        slowest = self.scenario.probing.unanswered_bytes_per_s
         rates, ages, rtts, hop_backlog = [], [], [], []
         for h in range(n_nodes - 1):
             node = status.get(h)
             measured = node is not None and node.hop_bytes_per_s
             age = node.hop_age_s + now - node.received_s if measured else now - self._start_s
             rate = self._rate(h, status)
-            if h in self._silent:
-                if measured and now - age > self._silent[h]:
-                    del self._silent[h]
-                else:
-                    rate, age = min(rate, slowest), now - self._start_s
+            if h in self._silent and not (measured and now - age > self._probed_s):
+                rate, age = min(rate, slowest), now - self._start_s
             rates.append(rate)
             ages.append(max(0.0, age))
             rtts.append(self._rtt(h, status))

@@ -210,6 +210,11 @@ class Probing:
                 f"{self.least_bytes} and {self.payload_bytes}"
             )
 
+    @property
+    def unanswered_bytes_per_s(self) -> float:
+        """What a hop that does not answer its first probe within `idle_s` is slower than."""
+        return self.payload_bytes / self.idle_s
+
     def size_bytes(self, bytes_per_s: NDArray[np.float64]) -> NDArray[np.float64]:
         """How large a probe of a hop last measured at `bytes_per_s` is (any shape)."""
         sizes: NDArray[np.float64] = np.clip(

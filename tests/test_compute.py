@@ -1,4 +1,9 @@
-"""A node's compute: the same bits wherever in a frame the input lies; no more than is wanted."""
+"""A node's compute: the same bits wherever in a frame the input lies; no more than is wanted.
+
+And the queue before it.
+"""
+
+import threading
 
 import numpy as np
 import pytest
@@ -67,3 +72,49 @@ def test_a_stage_that_nobody_wants_ends_before_its_next_unit():
     assert len(ran) == 1 and outcome.output is None and not outcome.error
     job = Job(header, memoryview(x.tobytes()), 0, 2)
     assert np.array_equal(computer.run(job).output, x + 2) and len(ran) == 3
+
+
+def job(client, seq=0):
+    return Job(Header(Kind.INFER, client=client * 16, seq=seq))
+
+
+def test_the_queue_is_fair_between_clients_and_ordered_within_one():
+    queue = FairQueue(10)
+    for client, seq in ((b"a", 1), (b"a", 2), (b"a", 3), (b"b", 1), (b"c", 1), (b"b", 2)):
+        assert queue.put(job(client, seq)) is None
+    served = [queue.get().header for _ in range(6)]
+    assert [(h.client[:1], h.seq) for h in served] == [
+        (b"a", 1),
+        (b"b", 1),
+        (b"c", 1),
+        (b"a", 2),
+        (b"b", 2),
+        (b"a", 3),
+    ]
+
+
+def test_the_queue_is_bounded_and_closing_wakes_the_reader():
+    queue = FairQueue(2)
+    third = job(b"c")
+    assert not queue.put(job(b"a")) and not queue.put(job(b"b")) and queue.put(third) is third
+    assert len(queue) == len(queue.snapshot()) == 2
+    queue.close()
+    assert queue.get() is None and queue.put(third) is third and len(queue) == 0
+    waiting = FairQueue(1)
+    got = []
+    thread = threading.Thread(target=lambda: got.append(waiting.get()))
+    thread.start()
+    waiting.close()
+    thread.join(10)
+    assert got == [None]
+
+
+def test_with_more_clients_than_places_they_take_turns():
+    queue = FairQueue(2)
+    clients = [bytes([c]) for c in range(6)]
+    served = dict.fromkeys(clients, 0)
+    for seq in range(200):
+        for client in clients:  # the first ones always come first
+            queue.put(job(client, seq))
+        served[queue.get().header.client[:1]] += 1
+    assert max(served.values()) <= 1.5 * min(served.values())

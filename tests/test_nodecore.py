@@ -1,11 +1,9 @@
 """The node's parts without sockets: fairness, backlog, clocks, relaying."""
 
-import threading
-
 import numpy as np
 import pytest
 
-from executor._compute import FairQueue, Job, Outcome
+from executor._compute import FairQueue, Outcome
 from executor._hop import Hop, ProbeRun, localise
 from executor._json import decode_json, encode_json
 from executor._nodecore import CoreConfig, NodeCore
@@ -19,10 +17,6 @@ from executor.wire import Header, HopStamp, Kind, StageStamp, array_body, attach
 
 SPEC = model_spec("mobilenet_v2")
 DIGEST = b"d" * 8
-
-
-def job(client, seq=0):
-    return Job(Header(Kind.INFER, client=client * 16, seq=seq))
 
 
 def infer(cuts, seq=1):
@@ -47,37 +41,6 @@ def ack(hop, header, received_s, now_s, kind=Kind.ACK):
     reply = header.reply(kind)
     reply.clock_s = (header.clock_s[0], received_s, received_s)
     (hop.on_ack if kind is Kind.ACK else hop.on_pong)(reply, now_s)
-
-
-def test_the_queue_is_fair_between_clients_and_ordered_within_one():
-    queue = FairQueue(10)
-    for client, seq in ((b"a", 1), (b"a", 2), (b"a", 3), (b"b", 1), (b"c", 1), (b"b", 2)):
-        assert queue.put(job(client, seq)) is None
-    served = [queue.get().header for _ in range(6)]
-    assert [(h.client[:1], h.seq) for h in served] == [
-        (b"a", 1),
-        (b"b", 1),
-        (b"c", 1),
-        (b"a", 2),
-        (b"b", 2),
-        (b"a", 3),
-    ]
-
-
-def test_the_queue_is_bounded_and_closing_wakes_the_reader():
-    queue = FairQueue(2)
-    third = job(b"c")
-    assert not queue.put(job(b"a")) and not queue.put(job(b"b")) and queue.put(third) is third
-    assert len(queue) == len(queue.snapshot()) == 2
-    queue.close()
-    assert queue.get() is None and queue.put(third) is third and len(queue) == 0
-    waiting = FairQueue(1)
-    got = []
-    thread = threading.Thread(target=lambda: got.append(waiting.get()))
-    thread.start()
-    waiting.close()
-    thread.join(10)
-    assert got == [None]
 
 
 def test_a_hop_counts_backlog_until_it_is_acknowledged():
@@ -456,17 +419,6 @@ def test_a_greedy_client_makes_room_for_the_others(cuts):
     else:
         served = [queue.get().header for _ in range(4)]
     assert [(h.client[:1], h.seq) for h in served] == [(b"g", 0), (b"m", 0), (b"n", 0), (b"g", 1)]
-
-
-def test_with_more_clients_than_places_they_take_turns():
-    queue = FairQueue(2)
-    clients = [bytes([c]) for c in range(6)]
-    served = dict.fromkeys(clients, 0)
-    for seq in range(200):
-        for client in clients:  # the first ones always come first
-            queue.put(job(client, seq))
-        served[queue.get().header.client[:1]] += 1
-    assert max(served.values()) <= 1.5 * min(served.values())
 
 
 def test_acknowledgements_are_expected_in_the_order_of_sending():
