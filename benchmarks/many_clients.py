@@ -193,7 +193,7 @@ class LeanClient:
     def _take(self, parts: Sequence[bytes]) -> None:
         kind = parts[0][KIND_AT]
         if kind not in (Kind.RESULT, Kind.ERROR):
-            self.counts["heartbeats"] += kind == Kind.STATUS
+            self.counts["heartbeats"] += kind in (Kind.STATUS, Kind.BEAT)
             return
         slot = self._open.pop(parse_header(parts[0]).seq)
         if kind == Kind.RESULT:

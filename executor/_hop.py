@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from executor._listeners import STATUS_PERIOD_S, silent_after_s
 from executor._outbox import Outbox, Parts
 from executor.link import PING_PERIOD_S, ClockOffset, PassiveEstimator
-from executor.wire import Header, HopStamp, Kind, StageStamp, array_body, pack
+from executor.wire import Header, HopStamp, Kind, StageStamp, array_body, message
 
 __all__ = ["Hop", "Parts", "ProbeRun", "hop_status", "localise", "short"]
 
@@ -117,7 +117,7 @@ class Hop:
 
     def send(self, header: Header, body: memoryview | None, now_s: float) -> None:
         """Queue a request or ping, and count it until it is acknowledged."""
-        parts: Parts = [pack(header)] if body is None else [pack(header), body]
+        parts = message(header, body)
         if header.kind is Kind.INFER:
             until_s = now_s + header.left_s if header.left_s else float("inf")
             self.outbox.add_request(header, parts, until_s)
@@ -134,7 +134,7 @@ class Hop:
         has a deadline and asks again.
         """
         if len(self.outbox) < _MAX_OUTBOX:
-            self.outbox.append([pack(header)] if body is None else [pack(header), body])
+            self.outbox.append(message(header, body))
 
     def displace(self, client: bytes) -> Header | None:
         """Make room for a request of `client`: returns that of a greedier client which lost its.

@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from executor._bulletin import Bulletin, read
 from executor._compute import FairQueue, Job, Outcome, turn_until_s
 from executor._coreconfig import CoreConfig
 from executor._fairness import Crowd
@@ -24,14 +25,23 @@ from executor._hop import Hop, Parts, ProbeRun, hop_status, localise, short
 from executor._json import decode_json, encode_json
 from executor._limits import PeerLimits, Routes
 from executor._listeners import STATUS_PERIOD_S, Listeners
-from executor._requests import Refusal, check_size, over_rate, seconds, split, stage_of, whole
+from executor._requests import ANSWERS, Refusal, check_size, over_rate, split, stage_of, whole
 from executor._ways import Way, Ways
 from executor.codec import form_of
 from executor.energy import Meter
 from executor.errors import FrameDamaged, WireError
 from executor.late import chooser, rebound
 from executor.plan import next_node, plan_of
-from executor.wire import Header, HopStamp, Kind, StageStamp, array_body, attach, check_body, pack
+from executor.wire import (
+    Header,
+    HopStamp,
+    Kind,
+    StageStamp,
+    array_body,
+    attach,
+    check_body,
+    message,
+)
 
 __all__ = ["CoreConfig", "NodeCore"]
 
@@ -91,6 +101,7 @@ class NodeCore:
         self._ways = Ways()
         self._crowd = Crowd()
         self._listeners = Listeners(config.n_nodes)
+        self._bulletins = [Bulletin(node) for node in range(config.n_nodes)]
         self._last_received_s = 0.0
         self._next_status_s = 0.0
         self._urgent = False
@@ -169,15 +180,9 @@ class NodeCore:
             self._notice_lost(link)
             if ended is not None:
                 self._json_up(ended.request.reply(Kind.PROBE_REPLY), {"rtts_s": ended.rtts_s})
-        elif header.kind is Kind.STATUS:
-            self._relay_status(header, body, link, now_s)
-        elif header.kind in (
-            Kind.RESULT,
-            Kind.ERROR,
-            Kind.HELLO_REPLY,
-            Kind.PROFILE_REPLY,
-            Kind.PROBE_REPLY,
-        ):
+        elif header.kind in (Kind.STATUS, Kind.BEAT):
+            self._on_status(header, body, link, now_s)
+        elif header.kind in ANSWERS:
             if header.kind is Kind.RESULT:
                 self._crowd.answered(header.client, now_s)
             self._to_client(header, body)
@@ -253,8 +258,9 @@ class NodeCore:
         told = listeners.everybody() if self._urgent else listeners.turn(self.config.index)
         self._urgent = False
         if told:
-            header = Header(Kind.STATUS, clock_s=(now_s, 0.0, 0.0))
-            self._tell(told, header, attach(header, encode_json(self._status(now_s))))
+            own = self._bulletins[self.config.index]
+            own.report(self._status(now_s), now_s)
+            self.up.extend(own.messages(told))
 
     def forget(self, identity: bytes) -> None:
         """Drop a peer that cannot be reached any more."""
@@ -435,24 +441,17 @@ class NodeCore:
             **self._measure(now_s),
         }
 
-    def _relay_status(
-        self, header: Header, body: memoryview | None, link: Hop, now_s: float
-    ) -> None:
-        """Pass the STATUS of a node further on upstream, to those whose turn it is."""
+    def _on_status(self, header: Header, body: memoryview | None, link: Hop, now_s: float) -> None:
+        """Pass what a node further on says of itself on upstream, to those whose turn it is."""
         try:
-            raw = decode_json(body)
-            node = whole(raw, "node", self.config.index + 1, self.config.n_nodes - 1)
-            every_s = seconds(raw, "every_s")
+            node, every_s = read(header, body, range(self.config.index + 1, self.config.n_nodes))
         except WireError as error:
             self._bad_frame(f"status from downstream: {error}", now_s)
             return
-        if node == link.target:
-            link.every_s = every_s
-        self._tell(self._listeners.turn(node), header, body)
-
-    def _tell(self, peers: Sequence[bytes], header: Header, body: memoryview | None) -> None:
-        parts: Parts = [pack(header)] if body is None else [pack(header), body]
-        self.up.extend((peer, parts) for peer in peers)
+        if every_s is not None:
+            self._bulletins[node].replace(message(header, body))
+            link.every_s = every_s if node == link.target else link.every_s
+        self.up.extend(self._bulletins[node].messages(self._listeners.turn(node)))
 
     def _json_up(self, header: Header, values: Mapping[str, Any]) -> None:
         body = encode_json({**values, "node": self.config.index})
@@ -486,7 +485,7 @@ class NodeCore:
             self._ways.take(header)
             self._abandon(way)
         if identity is not None:
-            self.up.append((identity, [pack(header)] if body is None else [pack(header), body]))
+            self.up.append((identity, message(header, body)))
 
     def _bad_frame(self, reason: str, now_s: float) -> None:
         """Count a frame that cannot be accepted; log at most one line a second."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from executor._bulletin import GROWING
 from executor.errors import ConfigError, RequestError, WireError
 from executor.profile import Conversion
 from executor.wire import Header
@@ -179,6 +180,13 @@ class NodeStatus:
                 raise WireError(f"status: {field.name} must be {field.type}, got {value!r}")
             values[field.name] = value
         return cls(**values)
+
+    def at(self, now_s: float) -> NodeStatus:
+        """What it is now that a BEAT said that it still holds: what grows with time has grown."""
+        elapsed_s = now_s - self.received_s
+        grown = {name: getattr(self, name) for name in GROWING}
+        grown = {name: value + elapsed_s for name, value in grown.items() if value}
+        return replace(self, received_s=now_s, **grown)
 
 
 _HELLO_TYPES: dict[str, type] = {

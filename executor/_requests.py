@@ -16,6 +16,7 @@ from executor.plan import ModelSpec, plan_of
 from executor.wire import Header, Kind, parse_header
 
 __all__ = [
+    "ANSWERS",
     "Refusal",
     "check_size",
     "over_rate",
@@ -26,6 +27,9 @@ __all__ = [
 ]
 
 MAX_CONTROL_BYTES = 4096
+ANSWERS = frozenset(
+    {Kind.RESULT, Kind.ERROR, Kind.HELLO_REPLY, Kind.PROFILE_REPLY, Kind.PROBE_REPLY}
+)
 
 
 class Refusal(Exception):

@@ -373,7 +373,9 @@ class Session:
     def _take(self, header: Header, body: memoryview | None, now_s: float) -> None:
         """Take one frame from the first node."""
         if header.kind is Kind.STATUS:
-            self._take_status(decode_json(body), now_s)
+            self._take_status(NodeStatus.from_json(decode_json(body), now_s, down=False), now_s)
+        elif header.kind is Kind.BEAT and header.seq in self._status:
+            self._take_status(self._status[header.seq].at(now_s), now_s)
         elif header.kind is Kind.PONG:
             self._hop.on_pong(header, now_s)
         elif header.client == self._id and header.kind is Kind.HELLO_REPLY:
@@ -390,8 +392,7 @@ class Session:
                 else:
                     pending.future.set_result(raw)
 
-    def _take_status(self, raw: _Json, now_s: float) -> None:
-        status = NodeStatus.from_json(raw, received_s=now_s, down=False)
+    def _take_status(self, status: NodeStatus, now_s: float) -> None:
         node = status.node
         if node == 0:
             self._hop.every_s = status.every_s

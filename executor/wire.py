@@ -16,6 +16,8 @@ Header, little-endian:
     then, for INFER and RESULT: 4 f64 per node (`StageStamp`) and 3 f64 per hop (`HopStamp`)
     then, for INFER with that flag: the cut tables (`executor.late`)
     then the CRC of all that (u32)
+
+A BEAT, which comes ten times a second, is shorter: magic, version, kind, node (u16), CRC.
 """
 
 from __future__ import annotations
@@ -51,6 +53,7 @@ __all__ = [
     "array_of",
     "attach",
     "check_body",
+    "message",
     "pack",
     "parse",
     "parse_header",
@@ -58,7 +61,7 @@ __all__ = [
     "seal",
 ]
 
-VERSION = 3
+VERSION = 4
 MAX_BODY_BYTES = 64 * 2**20
 MAX_CUTS = 63
 MAX_DIMS = 8
@@ -69,6 +72,7 @@ NO_DIGEST = bytes(8)
 _MAGIC = b"SPLT"
 _FIXED = struct.Struct("<4sBBBBHBB16sQ8s8I4dQI")
 _CRC = struct.Struct("<I")
+_BEAT = struct.Struct("<4sBBH")
 _DIRECT, _LATE = 1, 2  # the flags
 _DTYPES: dict[int, np.dtype[Any]] = {
     1: np.dtype("<f4"),
@@ -99,6 +103,7 @@ class Kind(IntEnum):
     PROBE_REPLY = 11
     PROFILE = 12
     PROFILE_REPLY = 13
+    BEAT = 14  # the last STATUS of node `seq` still holds
 
 
 _STAMPED = frozenset({Kind.INFER, Kind.RESULT})
@@ -200,6 +205,8 @@ def pack(header: Header) -> bytes:
     Raises:
         WireError: A value has no place in the layout.
     """
+    if header.kind is Kind.BEAT:
+        return _pack_beat(header)
     dims = header.shape + (0,) * (MAX_DIMS - len(header.shape))
     code = 0
     if header.affine:
@@ -247,6 +254,12 @@ def pack(header: Header) -> bytes:
     return seal(data)
 
 
+def _pack_beat(header: Header) -> bytes:
+    if header != Header(Kind.BEAT, seq=header.seq) or not 0 <= header.seq <= MAX_CUTS:
+        raise WireError(f"a BEAT carries a node of 0 to {MAX_CUTS}, and nothing else")
+    return seal(_BEAT.pack(_MAGIC, VERSION, header.kind, header.seq))
+
+
 @functools.lru_cache(maxsize=2 * MAX_CUTS)
 def _rest(n_cuts: int, stamped: bool) -> struct.Struct:
     """The layout of what follows the fixed part: cuts, then stamps where there are any."""
@@ -266,6 +279,8 @@ def parse_header(data: bytes | memoryview) -> Header:
         WireError: The bytes are no header of this version; names the field.
         FrameDamaged: They were one, but changed on their way.
     """
+    if len(data) == _BEAT.size + _CRC.size:
+        return _parse_beat(data)
     least = _FIXED.size + _CRC.size
     if len(data) < least:
         raise WireError(f"header needs at least {least} bytes, got {len(data)}")
@@ -286,17 +301,12 @@ def parse_header(data: bytes | memoryview) -> Header:
         body_bytes,
         body_crc,
     ) = _FIXED.unpack_from(data)
-    if magic != _MAGIC:
-        raise WireError(f"expected magic {_MAGIC!r}, got {magic!r}")
-    if version != VERSION:
-        raise WireError(f"expected wire version {VERSION}, got {version}; update the older side")
-    if crc32(data[: -_CRC.size]) != _CRC.unpack_from(data, len(data) - _CRC.size)[0]:
-        raise FrameDamaged(f"the header's checksum is wrong ({len(data)} bytes)")
+    _check_seal(data, magic, version)
     if flags & ~(_DIRECT | _LATE):
         raise WireError(f"unknown header flags {flags:#x}")
     kind = _KINDS.get(kind_code)
-    if kind is None:
-        raise WireError(f"unknown frame kind {kind_code}")
+    if kind is None or kind is Kind.BEAT:
+        raise WireError(f"no frame of this length is of kind {kind_code}")
     clock_s = tuple(dims_clock[MAX_DIMS:])
     if not all(map(math.isfinite, clock_s)):
         raise WireError(f"clock readings must be finite, got {clock_s}")
@@ -317,6 +327,24 @@ def parse_header(data: bytes | memoryview) -> Header:
     _parse_shape(header, dtype_code, n_dims, dims_clock[:MAX_DIMS])
     _parse_plan(header, n_cuts, data, bool(flags & _LATE))
     return header
+
+
+def _parse_beat(data: bytes | memoryview) -> Header:
+    magic, version, kind_code, node = _BEAT.unpack_from(data)
+    _check_seal(data, magic, version)
+    if kind_code != Kind.BEAT or node > MAX_CUTS:
+        raise WireError(f"a frame of {len(data)} bytes is a node's BEAT, got {kind_code}, {node}")
+    return Header(Kind.BEAT, seq=node)
+
+
+def _check_seal(data: bytes | memoryview, magic: bytes, version: int) -> None:
+    """Hold a header against what all begin and end with."""
+    if magic != _MAGIC:
+        raise WireError(f"expected magic {_MAGIC!r}, got {magic!r}")
+    if version != VERSION:
+        raise WireError(f"expected wire version {VERSION}, got {version}; update the older side")
+    if crc32(data[: -_CRC.size]) != _CRC.unpack_from(data, len(data) - _CRC.size)[0]:
+        raise FrameDamaged(f"the header's checksum is wrong ({len(data)} bytes)")
 
 
 def _parse_shape(header: Header, code: int, n_dims: int, dims: Sequence[int]) -> None:
@@ -383,6 +411,11 @@ def _check_length(header: Header, body: memoryview | None) -> None:
     got = 0 if body is None else body.nbytes
     if got != header.body_bytes:
         raise FrameDamaged(f"body is {got} bytes, the header says {header.body_bytes}")
+
+
+def message(header: Header, body: memoryview | None) -> list[bytes | memoryview]:
+    """The parts of a message, of which the header describes the body already."""
+    return [pack(header)] if body is None else [pack(header), body]
 
 
 def parse(parts: Sequence[bytes | memoryview]) -> Frame:
