@@ -1,9 +1,10 @@
 """What is sent of a node's STATUS: all of it where it is news, else a BEAT. No clock, no sockets.
 
-A STATUS is some 600 bytes. Ten of them a second from each of two nodes would be 100 kbit/s on every
-hop towards the client, a gigabyte a day, and more than a bad radio link carries: answers would wait
-behind them. Most say what the one before said, so mostly a BEAT is sent, of 12 bytes. It says that
-the last STATUS still holds; what grows with time alone (`GROWING`) has grown since.
+A STATUS is some 500 bytes. Ten of them a second from each of two nodes would be 80 kbit/s on the hop
+towards the client, almost a gigabyte a day, and more than a bad radio link carries: answers would
+wait behind them. Most say what the one before said, so mostly a BEAT of 12 bytes is sent. It says
+that the last STATUS still holds; what grows with time alone (`GROWING`) has grown since. All of it
+is sent again every second, so what gets lost is made up for by then.
 """
 
 from __future__ import annotations

@@ -43,14 +43,16 @@ def status(node=1, **values):
 def test_a_node_at_rest_sends_one_status_a_second_and_beats_between():
     core = node(2)
     core.on_upstream(b"up", PING, 0.0)
-    sent, now_s = [], 0.0
+    sent, now_s, n_bytes = [], 0.0, 0
     while now_s < 3.05:
         core.tick(now_s)
+        n_bytes += sum(len(part) for _, parts in core.up for part in parts)
         sent += said(core)
         now_s += core.due_s(now_s) + 1e-9
     kinds = [kind for _, kind in sent]
     assert len(kinds) == 31 and kinds[0] is Kind.STATUS
     assert 3 <= kinds.count(Kind.STATUS) <= 4 and kinds.count(Kind.BEAT) >= 27
+    assert n_bytes < 1000 * now_s  # ten STATUS a second were some 5 kB
 
 
 def test_what_changes_is_told_at_once_and_to_a_newcomer_all_of_it():
