@@ -1,10 +1,10 @@
 """What is sent of a node's STATUS: all of it where it is news, else a BEAT. No clock, no sockets.
 
-A STATUS is some 500 bytes. Ten of them a second from each of two nodes would be 80 kbit/s on the hop
-towards the client, almost a gigabyte a day, and more than a bad radio link carries: answers would
-wait behind them. Most say what the one before said, so mostly a BEAT of 12 bytes is sent. It says
-that the last STATUS still holds; what grows with time alone (`GROWING`) has grown since. All of it
-is sent again every second, so what gets lost is made up for by then.
+A STATUS is some 500 bytes. Ten of them a second from each of two nodes would be 80 kbit/s on the
+hop towards the client, almost a gigabyte a day, and more than a bad radio link carries: answers
+would wait behind them. Most say what the one before said, so mostly a BEAT of 12 bytes is sent. It
+says that the last STATUS still holds; what grows with time alone (`GROWING`) has grown since. All
+of it is sent again every second, so what gets lost is made up for by then.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from executor._outbox import Parts
 from executor._requests import seconds, whole
 from executor.wire import Header, Kind, attach, message, pack
 
-__all__ = ["GROWING", "Bulletin", "is_news", "read"]
+__all__ = ["GROWING", "Bulletin", "is_news", "read_status"]
 
 GROWING = ("hop_age_s", "stalled_s")
 """Fields that count seconds since something, and grow as long as they are neither None nor 0."""
@@ -41,7 +41,7 @@ def is_news(status: Mapping[str, Any], told: Mapping[str, Any], elapsed_s: float
     return any(value != told.get(name) for name, value in status.items() if name not in _UNTOLD)
 
 
-def read(header: Header, body: memoryview | None, nodes: range) -> tuple[int, float | None]:
+def read_status(header: Header, body: memoryview | None, nodes: range) -> tuple[int, float | None]:
     """Which of these nodes a STATUS or BEAT is of; and how often that says that it comes.
 
     Raises:

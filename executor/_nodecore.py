@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from executor._bulletin import Bulletin, read
+from executor._bulletin import Bulletin, read_status
 from executor._compute import FairQueue, Job, Outcome, turn_until_s
 from executor._coreconfig import CoreConfig
 from executor._fairness import Crowd
@@ -444,7 +444,9 @@ class NodeCore:
     def _on_status(self, header: Header, body: memoryview | None, link: Hop, now_s: float) -> None:
         """Pass what a node further on says of itself on upstream, to those whose turn it is."""
         try:
-            node, every_s = read(header, body, range(self.config.index + 1, self.config.n_nodes))
+            node, every_s = read_status(
+                header, body, range(self.config.index + 1, self.config.n_nodes)
+            )
         except WireError as error:
             self._bad_frame(f"status from downstream: {error}", now_s)
             return
