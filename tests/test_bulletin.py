@@ -24,8 +24,9 @@ PING = [pack(Header(Kind.PING))]
 def node(index, load=lambda: 0.0, n_nodes=3):
     config = CoreConfig(index, n_nodes, SPEC, DIGEST, 8, {"name": "x", "boot": "b"}, None, 1e6)
     own = {"backlog_s": 0.0, "overruns": 0, "stages": 0, "unauthenticated": 0}
-    measure = lambda now_s: {**own, "load": load()}  # noqa: E731
-    return NodeCore(config, FairQueue(8), measure, ConstantPowerMeter())
+    return NodeCore(
+        config, FairQueue(8), lambda now_s: {**own, "load": load()}, ConstantPowerMeter()
+    )
 
 
 def said(core):
