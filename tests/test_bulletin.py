@@ -6,27 +6,20 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_nodecore import DIGEST
+from test_nodecore import core as core_of
 
 from executor._bulletin import WHOLE_EVERY_S, Bulletin, is_news
-from executor._compute import FairQueue
 from executor._json import decode_json, encode_json
-from executor._nodecore import CoreConfig, NodeCore
 from executor._records import NodeStatus
-from executor.energy import ConstantPowerMeter
-from executor.plan import ModelSpec
 from executor.wire import Header, Kind, array_body, attach, message, pack, parse
 
-SPEC = ModelSpec("toy", ("a", "b"), (48, 48, 40), (True, True), 1, (1, 1))
-DIGEST = b"\xab" * 8
 PING = [pack(Header(Kind.PING))]
 
 
-def node(index, load=lambda: 0.0, n_nodes=3):
-    config = CoreConfig(index, n_nodes, SPEC, DIGEST, 8, {"name": "x", "boot": "b"}, None, 1e6)
+def node(index, load=lambda: 0.0):
     own = {"backlog_s": 0.0, "overruns": 0, "stages": 0, "unauthenticated": 0}
-    return NodeCore(
-        config, FairQueue(8), lambda now_s: {**own, "load": load()}, ConstantPowerMeter()
-    )
+    return core_of(index, measure=lambda now_s: {**own, "load": load()})[0]
 
 
 def said(core):

@@ -25,11 +25,11 @@ def infer(cuts, seq=1):
     return header, body
 
 
-def core(index, max_queue=2):
+def core(index, max_queue=2, measure=lambda now_s: {"load": 0.0}):
     queue = FairQueue(max_queue)
     config = CoreConfig(index, 3, SPEC, DIGEST, max_queue, {"name": f"n{index}"})
     meter = ConstantPowerMeter()
-    return NodeCore(config, queue, lambda now_s: {"load": 0.0}, meter), queue, meter
+    return NodeCore(config, queue, measure, meter), queue, meter
 
 
 def kinds(node):
